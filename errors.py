@@ -1,0 +1,23 @@
+"""The errors that a user can cause or meet; main.py turns each into one line and an exit code."""
+
+from __future__ import annotations
+
+
+class TemperingError(Exception):
+    """Base of the family: its text is one line that a user can act on."""
+
+    exit_code = 1
+
+
+class InputError(TemperingError, ValueError):
+    """A value that can not be used; the text gives the requirement and the value received."""
+
+    exit_code = 2
+
+
+class ModelError(TemperingError):
+    """A model that was found wanting at run time: download failed, weights corrupt."""
+
+
+class ResourceError(TemperingError):
+    """The machine ran out of something (memory, disk); the text names what would help."""

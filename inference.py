@@ -1,0 +1,123 @@
+"""The flow of `--tempered_inference`: one tempered picture, and everything about it on disk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import outputs
+from metrics import picture_metrics
+from outputs import Panel
+from session import Session, open_session
+from settings import Request
+from tempering import Result, View
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def run(request: Request) -> None:
+    """Make the picture that `request` asks for; the folder and the figures go to stdout."""
+    begun = time.perf_counter()
+    session = open_session(request)
+    loaded = time.perf_counter()
+    result = paint(session)
+    painted = time.perf_counter()
+    views = {"tempered": session.painter.look([result.image])[0]}
+    if result.plain:
+        views = {"plain": session.painter.look([result.plain])[0], **views}
+    seconds = {"load": loaded - begun, "paint": painted - loaded}
+
+    folder = outputs.new_run_folder(request.output, request.prompt, request.begun)
+    save(folder, session, result, views, seconds)
+    for name, view in views.items():
+        print(f"{name:9}{figures(view)}")
+    print(folder)
+
+
+def paint(session: Session) -> Result:
+    """The tempered picture, with a bar over all U-Net calls."""
+    request = session.request
+    calls = session.painter.unet_calls(compare=request.compare)
+    with tqdm(total=calls, desc="U-Net", unit="call", disable=None) as bar:
+        return session.painter.temper([request.seed], compare=request.compare, progress=bar.update)[
+            0
+        ]
+
+
+def save(
+    folder: Path,
+    session: Session,
+    result: Result,
+    views: dict[str, View],
+    seconds: dict[str, float],
+) -> None:
+    """Write the pictures first, so that they are there whatever befalls the rest."""
+    for name, view in views.items():
+        text = session.parameters(view.image, result.seed, tempered=name == "tempered")
+        outputs.save_image(folder / f"{name}.png", view.image, text)
+    outputs.save_image(folder / "interrupted.png", result.interrupted.image)
+    outputs.save_image(folder / "classes.png", class_map(result.interrupted))
+    outputs.save_image(folder / "sheet.png", draw_sheet(session, result, views))
+    outputs.save_json(folder / "run.json", describe(session, result, views, seconds))
+
+
+def class_map(view: View) -> Image:
+    """The classes over the picture that they were seen in."""
+    size = (view.image.height, view.image.width)
+    labels = F.interpolate(view.labels[None, None].double(), size=size, mode="nearest-exact")
+    return outputs.class_overlay(view.image, labels[0, 0].long().numpy())
+
+
+def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Image:
+    """All pictures of the run side by side with their figures."""
+    request = session.request
+    stop = f"after step {request.settings.stoptime} of {request.settings.steps}"
+    seen = [f"u = {value:.2f}" for value in result.interrupted.uncertainty.tolist()]
+    panels = {
+        "interrupted": Panel("interrupted", result.interrupted.image, (stop,)),
+        "classes": Panel(
+            "classes seen", class_map(result.interrupted), ("uncertainty " + ", ".join(seen),)
+        ),
+        **{name: Panel(name, view.image, (figures(view),)) for name, view in views.items()},
+    }
+    order = [name for name in ("plain", "interrupted", "classes", "tempered") if name in panels]
+    colours = outputs.class_colours(len(request.prompts))
+    return outputs.sheet(
+        [panels[name] for name in order],
+        f"{request.prompt} · seed {result.seed} · {session.model}",
+        list(zip(request.prompts, colours, strict=True)),
+    )
+
+
+def describe(
+    session: Session, result: Result, views: dict[str, View], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The content of run.json."""
+    return {
+        **session.facts(),
+        "seed": result.seed,
+        "unet_calls": result.unet_calls,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "interrupted": {
+            "class_matrix": result.interrupted.matrix.tolist(),
+            "uncertainty": result.interrupted.uncertainty.tolist(),
+        },
+        **{
+            name: {
+                "metrics": picture_metrics(view.matrix.numpy()),
+                "class_matrix": view.matrix.tolist(),
+            }
+            for name, view in views.items()
+        },
+    }
+
+
+def figures(view: View) -> str:
+    """The metrics of a picture in one line."""
+    metrics = picture_metrics(view.matrix.numpy())
+    return f"PPV {metrics.ppv:.3f}  NPV {metrics.npv:.3f}  JS {metrics.js:.3f}"

@@ -1,0 +1,275 @@
+"""The command line: reads the flags, runs one flow, and turns errors into one line and a code.
+
+Nothing heavy is imported before the arguments are known to be valid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import loaders
+from errors import InputError, TemperingError
+from outputs import check_writable
+from settings import MAX_SEED, PREVIEWS, VERSION, Models, Request, Tempering
+
+FLOWS = ("tempered_inference", "evaluate", "update")
+PROMPTS = ("a black dog", "a toy robot")
+# What a flag says about this call, not about the picture: not kept in run.json.
+OF_THE_CALL = ("debug", "output", "repeat", "resume", "update")
+# What may differ when an evaluation is resumed; anything else would mix two experiments.
+FREE_ON_RESUME = ("cycles", "device", "offload", "offline", *OF_THE_CALL)
+EXAMPLES = """\
+examples:
+  python init.py --tempered_inference
+  python init.py --tempered_inference --prompts "a black dog" "a toy robot" --compare
+  python init.py --evaluate --prompts "a black dog" "a toy robot" --cycles 4
+  python init.py --tempered_inference --model pocket --prompts "a red car" "a blue bird"
+  python init.py --tempered_inference --repeat outputs/<run>/run.json
+  python init.py --update
+
+init.py installs what is missing and hands every flag on; `python init.py --test` runs the tests.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 (failed at run time), 2 (bad input) or 130 (Ctrl-C)."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        run(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in words:
+            traceback.print_exc()
+        known = isinstance(error, TemperingError)
+        print(f"error: {error if known else unexpected(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, TemperingError) else 1
+    return 0
+
+
+def unexpected(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first} (--debug shows where)"
+
+
+def run(words: Sequence[str]) -> None:
+    """Check everything that needs no model, then import and run the flow."""
+    args = parse(words)
+    flow = chosen_flow(args)
+    if flow == "update":
+        import init
+
+        sys.exit(init.update())
+    request = to_request(args)
+    with loaders.memory_errors():
+        if flow == "evaluate":
+            import evaluation
+
+            evaluation.run(request)
+        else:
+            import inference
+
+            inference.run(request)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments; those of an earlier run (--repeat, --resume) stand in for flags not given."""
+    args = parser().parse_args(words)
+    if args.repeat and args.resume:
+        raise InputError("--repeat and --resume exclude each other, got both")
+    if not (args.repeat or args.resume):
+        return args
+    stored = stored_arguments(args.repeat or args.resume / "run.json")
+    repeated = parser()
+    repeated.set_defaults(**stored)
+    args = repeated.parse_args(words)
+    changed = [
+        name
+        for name in stored
+        if name not in FREE_ON_RESUME and getattr(args, name) != stored[name]
+    ]
+    if args.resume and changed:
+        raise InputError(f"--resume must keep the run's own --{changed[0]} {stored[changed[0]]!r}")
+    return args
+
+
+def stored_arguments(path: Path) -> dict[str, Any]:
+    """The flags of an earlier run, from its run.json."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"needs the run.json of an earlier run, got {path} ({error})") from error
+    known = vars(parser().parse_args([]))
+    return {name: value for name, value in stored.items() if name in known}
+
+
+def chosen_flow(args: argparse.Namespace) -> str:
+    """The one flow that is asked for."""
+    flows = [flow for flow in FLOWS if getattr(args, flow)]
+    if len(flows) != 1:
+        names = ", ".join(f"--{flow}" for flow in FLOWS)
+        got = " and ".join(f"--{flow}" for flow in flows) or "none"
+        raise InputError(f"exactly one of {names} is needed, got {got}")
+    return flows[0]
+
+
+def to_request(args: argparse.Namespace) -> Request:
+    """The arguments as a checked request; raises InputError."""
+    values = vars(args)
+    request = Request(
+        prompts=tuple(args.prompts),
+        settings=Tempering(**{field.name: values[field.name] for field in fields(Tempering)}),
+        models=Models(**{field.name: values[field.name] for field in fields(Models)}),
+        seed=args.seed,
+        output=args.output,
+        begun=datetime.now(),
+        arguments={name: value for name, value in values.items() if name not in OF_THE_CALL},
+        compare=args.compare,
+        cycles=args.cycles,
+        resume=args.resume,
+    )
+    check_models(request.models)
+    check_writable(args.resume or args.output)
+    return request
+
+
+def check_models(models: Models) -> None:
+    """Raise InputError for names that can not mean a model or a scheduler."""
+    loaders.scheduler_name(models.scheduler)
+    for name, check in (
+        (models.model, loaders.check_model),
+        (models.clipseg, loaders.check_clipseg),
+        (models.vae, loaders.check_vae),
+    ):
+        if name is not None:
+            check(name)
+
+
+def parser() -> Parser:
+    """All flags, in groups."""
+    defaults = Tempering()
+    top = Parser(
+        prog="main.py",
+        description="Pictures with several subjects that do not bleed into each other: simulated "
+        "annealing inside Stable Diffusion's sampler.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=VERSION)
+    top.add_argument("--debug", action="store_true", help="show a traceback with an error")
+
+    flows = top.add_argument_group("flows (exactly one a call)")
+    flows.add_argument("--tempered_inference", action="store_true", help="make a tempered picture")
+    flows.add_argument(
+        "--evaluate", action="store_true", help="measure plain against tempered over many seeds"
+    )
+    flows.add_argument("--update", action="store_true", help="renew the installed libraries")
+
+    what = top.add_argument_group("what to paint")
+    what.add_argument(
+        "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT",
+        help="one prompt a subject (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument(
+        "--joiner", default=defaults.joiner, metavar="TEXT",
+        help="stands between the subjects in the prompt (default: %(default)r)",
+    )  # fmt: skip
+    what.add_argument(
+        "--negative_prompt", default="", metavar="TEXT", help="what to keep out of the picture"
+    )
+    what.add_argument(
+        "--seed", type=int, default=2024, help=f"0..{MAX_SEED}; same picture on every device "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
+    what.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the model's)")
+
+    how = top.add_argument_group("tempering")
+    numbers = (
+        ("--steps", int, "N", "denoising steps"),
+        ("--stoptime", int, "N", "interrupt after this many steps and look, 1..steps"),
+        ("--backsteps", int, "N", "go back by this many steps, 0..stoptime"),
+        ("--k", float, "X", "how fast uncertainty turns into fresh noise; 0 adds none"),
+        ("--cfg_rescale", float, "X", "fresh noise in tenths of what the schedule expects"),
+        ("--guidance_scale", float, "X", "weight of the prompt; 1 or less switches guidance off"),
+        ("--threshold", float, "P", "a pixel below this probability belongs to no class"),
+    )
+    for flag, kind, metavar, text in numbers:
+        how.add_argument(
+            flag, type=kind, metavar=metavar, default=getattr(defaults, flag[2:]),
+            help=f"{text} (default: %(default)g)",
+        )  # fmt: skip
+    how.add_argument(
+        "--preview", choices=PREVIEWS, default=defaults.preview,
+        help="how the interrupted latents become a picture for CLIPSeg (default: %(default)s)",
+    )  # fmt: skip
+
+    models = top.add_argument_group("models")
+    models.add_argument(
+        "--model", metavar="NAME",
+        help="Hub id, diffusers folder, .safetensors file, or pocket (the bundled model); default: "
+        f"{loaders.STABLE_DIFFUSION}, or pocket where it can not be had",
+    )  # fmt: skip
+    models.add_argument(
+        "--clipseg", metavar="NAME",
+        help=f"Hub id, folder or pocket (default: {loaders.CLIPSEG}, or pocket with the pocket)",
+    )  # fmt: skip
+    models.add_argument(
+        "--vae", metavar="NAME", help="Hub id, folder or file (default: the model's)"
+    )
+    models.add_argument(
+        "--scheduler", default="euler", metavar="NAME",
+        help=f"{', '.join(loaders.SCHEDULERS)} (default: %(default)s)",
+    )  # fmt: skip
+    models.add_argument(
+        "--offline", action="store_true", help="use what is in the cache, never the network"
+    )
+
+    machine = top.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda, mps, xpu or cpu (default: the best one present)")
+    machine.add_argument("--dtype", help="fp16, bf16 or fp32 (default: what the device does best)")
+    machine.add_argument(
+        "--offload", help="model or sequential: keep in GPU memory only what runs; slower"
+    )
+
+    results = top.add_argument_group("results")
+    results.add_argument(
+        "--output", type=Path, default=Path("outputs"), metavar="FOLDER",
+        help="a folder a run is made in it (default: %(default)s)",
+    )  # fmt: skip
+    results.add_argument(
+        "--compare", action="store_true", help="make the plain picture of the same seed too"
+    )
+    results.add_argument(
+        "--cycles", type=int, default=4, metavar="N",
+        help="seeds to evaluate: seed, seed + 1, ... (default: %(default)s)",
+    )  # fmt: skip
+    results.add_argument(
+        "--repeat", type=Path, metavar="RUN.JSON",
+        help="take every flag that is not given from an earlier run",
+    )  # fmt: skip
+    results.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="go on with an interrupted evaluation"
+    )
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

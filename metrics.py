@@ -1,0 +1,439 @@
+"""How well each subject of a picture is itself and not its neighbour; statistics over cycles.
+
+| here                       | symbol      | meaning                                              |
+|----------------------------|-------------|------------------------------------------------------|
+| `classes`                  | C           | number of classes (= prompts)                        |
+| `matrix`                   | M (C, C)    | M[i, j]: mean probability of class j, in 0..1, over  |
+|                            |             | the pixels of class i; a row of 0 where i has none   |
+| `matrix.sum(axis=1)`       | sum_j M[ij] | row sum; 0 marks a missing class                     |
+| `true_negative`            | TN_i        | sum over j != i of 1 - M[j, i]                       |
+| `false_negative`           | FN_i        | sum over j != i of M[j, i]                           |
+| `ppv(matrix)`              | PPV_i       | M[i, i] / sum_j M[i, j]                              |
+| `npv(matrix)`              | NPV_i       | TN_i / (TN_i + FN_i)                                 |
+| `js_distance(matrix)`      | d_i         | sqrt(JSD(e_i, M[i] / sum_j M[i, j])), base 2         |
+| `cycles`                   | N           | pairs of a plain and a tempered picture of one seed  |
+| `differences`              | D (N,)      | tempered - plain, one for each cycle                 |
+
+Everything is float64 and pure: no model, no torch, no file.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.spatial.distance import jensenshannon
+
+from errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 10_000  # another seed moves an interval's ends by about 1 % of its length (at N = 20)
+CONFIDENCE = 0.95
+DECIMALS = 12  # differences below 1e-12 are the rounding of float64 sums, not an effect
+
+
+class Metric(NamedTuple):
+    """What a reader needs to know of a metric to read its figures."""
+
+    name: str
+    higher_is_better: bool
+
+    @property
+    def better(self) -> str:
+        return "higher" if self.higher_is_better else "lower"
+
+
+METRICS = {
+    "ppv": Metric("PPV", higher_is_better=True),
+    "npv": Metric("NPV", higher_is_better=True),
+    "js": Metric("JS distance", higher_is_better=False),
+}
+
+
+# ---- One picture ----
+
+
+def ppv(matrix: ArrayLike) -> Array:
+    """Positive predictive value (precision) of each class: M[i, i] / sum_j M[i, j].
+
+    matrix: (C, C), in 0..1. Returns (C,) float64 in 0..1, higher is better, 0 for a missing class.
+    Raises InputError for a matrix that is not square, empty, not finite or not in 0..1.
+    """
+    checked = _class_matrix(matrix)
+    total = checked.sum(axis=1)  # (C,)
+    precision = np.zeros(len(checked))
+    np.divide(checked.diagonal(), total, out=precision, where=total > 0)
+    return precision
+
+
+def npv(matrix: ArrayLike) -> Array:
+    """Negative predictive value of each class: TN / (TN + FN), over the pixels of the others.
+
+    TN_i = sum over j != i of 1 - M[j, i], FN_i = sum over j != i of M[j, i]. A missing class is
+    scored like any other: its own row does not enter, and its row of 0 does not blame the others.
+    A class alone (C = 1) has no negatives and 0 / 0 is not a score: 1 if present, 0 if missing.
+
+    matrix: (C, C), in 0..1. Returns (C,) float64 in 0..1, higher is better.
+    Raises InputError for a matrix that is not square, empty, not finite or not in 0..1.
+    """
+    checked = _class_matrix(matrix)
+    if len(checked) == 1:
+        return np.where(checked[0] > 0, 1.0, 0.0)
+    others = ~np.eye(len(checked), dtype=bool)  # (C, C)
+    true_negative: Array = (1 - checked).sum(axis=0, where=others)  # (C,)
+    false_negative: Array = checked.sum(axis=0, where=others)  # (C,)
+    return true_negative / (true_negative + false_negative)  # the denominator is C - 1
+
+
+def js_distance(matrix: ArrayLike) -> Array:
+    """Jensen-Shannon distance of each class from its ideal, the one-hot distribution of the class.
+
+    d_i = sqrt(JSD(e_i, M[i] / sum_j M[i, j])) with logarithms of base 2: the square root of the
+    divergence of Lin 1991, a metric by Endres and Schindelin 2003.
+
+    matrix: (C, C), in 0..1. Returns (C,) float64 in 0..1, lower is better, 1 for a missing class.
+    Raises InputError for a matrix that is not square, empty, not finite or not in 0..1.
+    """
+    checked = _class_matrix(matrix)
+    present = checked.sum(axis=1) > 0  # (C,)
+    distance = np.ones(len(checked))
+    if present.any():
+        ideal = np.eye(len(checked))[present]  # (present, C)
+        # So close to the ideal that rounding takes the divergence below 0, its root is NaN.
+        with np.errstate(invalid="ignore"):
+            found = jensenshannon(ideal, checked[present], base=2, axis=1)  # normalises the rows
+        distance[present] = np.nan_to_num(found, nan=0.0)
+    return distance
+
+
+@dataclass(frozen=True)
+class PictureMetrics:
+    """The figures of one picture: means over its classes of PPV, NPV and JS distance, in 0..1."""
+
+    ppv: float
+    npv: float
+    js: float
+
+
+def picture_metrics(matrix: ArrayLike) -> PictureMetrics:
+    """The figures of the picture that has this class matrix.
+
+    matrix: (C, C), in 0..1; see `ppv`, `npv` and `js_distance` for the values and the errors.
+    """
+    return PictureMetrics(
+        ppv=float(ppv(matrix).mean()),
+        npv=float(npv(matrix).mean()),
+        js=float(js_distance(matrix).mean()),
+    )
+
+
+def _class_matrix(matrix: ArrayLike) -> Array:
+    """The matrix as (C, C) float64, or InputError."""
+    checked = _numbers(matrix, "The class matrix")
+    if checked.ndim != 2 or checked.shape[0] != checked.shape[1] or checked.size == 0:
+        raise InputError(
+            f"The class matrix must be square, (C, C) with C >= 1; got shape {checked.shape}."
+        )
+    wrong = ~((checked >= 0) & (checked <= 1))  # NaN compares false, so it is wrong too
+    if wrong.any():
+        row, column = (int(index) for index in np.argwhere(wrong)[0])
+        raise InputError(
+            "The class matrix must hold finite probabilities in 0..1; "
+            f"got {checked[row, column]} at row {row}, column {column}."
+        )
+    return checked
+
+
+def _numbers(values: ArrayLike, what: str) -> Array:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        received = textwrap.shorten(repr(values), 60, placeholder=" ...")
+        raise InputError(f"{what} must be an array of real numbers; got {received}.") from error
+
+
+# ---- Many pictures ----
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric over cycles, each a plain and a tempered picture of the same seed.
+
+    `difference_mean`, `low` and `high` are tempered - plain, so their sign does not say better or
+    worse; `improved` does. All but `cycles` are plain floats; None is undefined, never NaN.
+    """
+
+    plain_mean: float
+    tempered_mean: float
+    plain_median: float
+    tempered_median: float
+    difference_mean: float
+    low: float | None  # bootstrap 95 % interval of difference_mean; None for a single cycle
+    high: float | None
+    p: float | None  # Wilcoxon signed-rank, two-sided, 0..1; None where no cycle differs
+    improved: float  # share of cycles strictly better, 0..1; an equal cycle did not improve
+    cycles: int
+
+
+def paired(
+    plain: Sequence[float] | Array,
+    tempered: Sequence[float] | Array,
+    *,
+    higher_is_better: bool,
+    seed: int = 0,
+) -> Paired:
+    """Statistics of paired figures: means, medians, bootstrap interval, Wilcoxon p, improved share.
+
+    The interval is the percentile bootstrap of the mean difference (Efron and Tibshirani 1993,
+    chapter 13) of 10,000 resamples, the same for the same seed. With a handful of cycles it is
+    rather too narrow. p is Wilcoxon's (1945): cycles without a difference are dropped, and with
+    N others it can not be below 2 / 2**N, so fewer than 6 cycles never reach 0.05.
+
+    plain, tempered: (N,) each, N >= 1, cycle n of one belongs to cycle n of the other.
+    Raises InputError for values that are empty, not of equal length or not finite, and for a seed
+    that is not an integer of 0 or more.
+    """
+    before, after = _pairs(plain, tempered)
+    differences = np.round(after - before, DECIMALS)  # (N,); so that equal ones tie in the ranks
+    low, high = _bootstrap_interval(differences, seed)
+    gains = differences if higher_is_better else -differences
+    return Paired(
+        plain_mean=float(before.mean()),
+        tempered_mean=float(after.mean()),
+        plain_median=float(np.median(before)),
+        tempered_median=float(np.median(after)),
+        difference_mean=float(differences.mean()),
+        low=low,
+        high=high,
+        p=_wilcoxon_p(differences),
+        improved=float((gains > 0).mean()),
+        cycles=len(differences),
+    )
+
+
+def summarise(
+    plain: Sequence[PictureMetrics], tempered: Sequence[PictureMetrics]
+) -> dict[str, Paired]:
+    """The statistics of every metric over cycles, with the keys "ppv", "npv" and "js".
+
+    plain, tempered: N pictures each, N >= 1, in the same order of cycles.
+    Raises InputError as `paired` does.
+    """
+    return {
+        key: paired(
+            [getattr(picture, key) for picture in plain],
+            [getattr(picture, key) for picture in tempered],
+            higher_is_better=metric.higher_is_better,
+        )
+        for key, metric in METRICS.items()
+    }
+
+
+def _pairs(plain: ArrayLike, tempered: ArrayLike) -> tuple[Array, Array]:
+    """Both as (N,) float64, or InputError."""
+    before = _numbers(plain, "The plain figures")
+    after = _numbers(tempered, "The tempered figures")
+    if before.ndim != 1 or before.shape != after.shape or before.size == 0:
+        raise InputError(
+            "Plain and tempered must be one figure a cycle each, at least one and as many of both; "
+            f"got shapes {before.shape} and {after.shape}."
+        )
+    for name, values in (("plain", before), ("tempered", after)):
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if wrong.size:
+            raise InputError(
+                f"Every figure must be finite; got {values[wrong[0]]} in {name} cycle {wrong[0]}."
+            )
+    return before, after
+
+
+def _bootstrap_interval(differences: Array, seed: int) -> tuple[float | None, float | None]:
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"The bootstrap's seed must be an integer of 0 or more; got {seed!r}.")
+    cycles = len(differences)
+    if cycles == 1:
+        return None, None  # one value says nothing of its spread
+    interval = stats.bootstrap(
+        (differences,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, 1_000_000 // cycles),  # 8 MB at a time, for any number of cycles
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        method="percentile",  # BCa, scipy's default, is undefined where all differences are equal
+        random_state=np.random.default_rng(seed),  # its newer name, rng, is unknown to scipy 1.14
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _wilcoxon_p(differences: Array) -> float | None:
+    # Dropping zeros is what scipy does too, but only without them does it take the exact test.
+    changed = differences[differences != 0]
+    return float(stats.wilcoxon(changed).pvalue) if changed.size else None
+
+
+# ---- For the reader ----
+
+UNDEFINED = "-"
+COLUMNS = (
+    ("metric", 11),
+    ("better", 6),
+    ("plain mean", 10),
+    ("tempered mean", 13),
+    ("difference", 10),
+    ("95 % interval", 18),
+    ("Wilcoxon p", 10),
+    ("improved", 8),
+)  # 86 and seven gaps of two: 100 columns
+
+
+def summary_table(summary: dict[str, Paired]) -> str:
+    """The summary as a table for a terminal: ASCII, at most 100 columns, no newline at the end.
+
+    summary: what `summarise` returns, or some of its keys. Undefined figures show as "-".
+    Raises InputError for an empty summary or an unknown key.
+    """
+    unknown = [key for key in summary if key not in METRICS]
+    if unknown or not summary:
+        raise InputError(f"A summary must have keys among {list(METRICS)}; got {list(summary)}.")
+    header = [title for title, _ in COLUMNS]
+    rule = ["-" * width for _, width in COLUMNS]
+    body = [_row(METRICS[key], figures) for key, figures in summary.items()]
+    cycles = max(figures.cycles for figures in summary.values())
+    footer = f"{cycles} {'cycle' if cycles == 1 else 'cycles'}; difference = tempered - plain"
+    return "\n".join([*map(_line, (header, rule, *body)), footer])
+
+
+def _row(metric: Metric, figures: Paired) -> list[str]:
+    return [
+        metric.name,
+        metric.better,
+        f"{figures.plain_mean:.4f}",
+        f"{figures.tempered_mean:.4f}",
+        _signed(figures.difference_mean),
+        _interval_text(figures.low, figures.high),
+        _p_text(figures.p),
+        f"{figures.improved:.0%}",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    words, figures = cells[:2], cells[2:]  # words to the left, figures to the right
+    left = [cell.ljust(width) for cell, (_, width) in zip(words, COLUMNS[:2], strict=True)]
+    right = [cell.rjust(width) for cell, (_, width) in zip(figures, COLUMNS[2:], strict=True)]
+    return "  ".join(left + right)
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.4f}"  # + 0.0 turns -0.0 into 0.0
+
+
+def _interval_text(low: float | None, high: float | None) -> str:
+    return UNDEFINED if low is None or high is None else f"{_signed(low)} {_signed(high)}"
+
+
+def _p_text(p: float | None) -> str:
+    if p is None:
+        return UNDEFINED
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+# Blue and vermillion of Okabe and Ito's palette for colour-blind readers (jfly.uni-koeln.de/color).
+# Shape tells them apart as well: a ring and a smaller diamond, so that both show on one spot.
+PLAIN_MARK: dict[str, Any] = {"marker": "o", "facecolors": "white", "edgecolors": "#0072B2"}
+TEMPERED_MARK: dict[str, Any] = {"marker": "D", "facecolors": "#D55E00", "edgecolors": "black"}
+NARROWEST = 0.04  # of an axis: a single cycle is not blown up until its rounding shows
+
+
+def scatter(
+    plain: Sequence[PictureMetrics], tempered: Sequence[PictureMetrics], title: str
+) -> Figure:
+    """NPV on x, PPV on y, an arrow from each plain picture to its tempered one, means larger.
+
+    From two cycles on, a larger pair of marks and a bolder arrow show the means.
+
+    plain, tempered: N pictures each, N >= 1, in the same order. title: plain text, wrapped.
+    Returns a figure of its own, unknown to pyplot, for `figure.savefig`.
+    Raises InputError for pictures that are none, not as many of both, or not finite.
+    """
+    from matplotlib.figure import Figure
+
+    npv_pairs = _pairs([picture.npv for picture in plain], [picture.npv for picture in tempered])
+    ppv_pairs = _pairs([picture.ppv for picture in plain], [picture.ppv for picture in tempered])
+    points = np.stack([npv_pairs, ppv_pairs], axis=-1)  # (plain or tempered, N, x or y)
+
+    figure = Figure(figsize=(6.4, 6.0), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _frame(axes, points, title)
+    _draw_cycles(axes, points)
+    if points.shape[1] > 1:  # the mean of a single cycle is the cycle
+        _draw_means(axes, points.mean(axis=1, keepdims=True))
+    # Outside the axes, where it can not cover a point.
+    legend = figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    return figure
+
+
+def _frame(axes: Axes, points: Array, title: str) -> None:
+    axes.set_title(textwrap.fill(title, 60), parse_math=False)  # a prompt may hold a dollar sign
+    axes.set_xlabel("NPV (higher is better)")
+    axes.set_ylabel("PPV (higher is better)")
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    low, high = points.min(axis=(0, 1)), points.max(axis=(0, 1))  # (x, y) each
+    reach = np.maximum(high - low, NARROWEST) * 0.6  # a tenth of air on each side, for the marks
+    starts, ends = (low + high) / 2 - reach, (low + high) / 2 + reach
+    axes.set(xlim=(starts[0], ends[0]), ylim=(starts[1], ends[1]))
+    for axis, start, end in zip((axes.xaxis, axes.yaxis), starts, ends, strict=True):
+        ticks = axis.get_ticklocs()
+        # The air may lie beyond 0 or 1, where no figure can be; ticks beyond the limits move them.
+        axis.set_ticks(ticks[(ticks >= max(start, -1e-9)) & (ticks <= min(end, 1 + 1e-9))])
+
+
+def _draw_cycles(axes: Axes, points: Array) -> None:
+    crowd = min(1.0, 2 / np.sqrt(points.shape[1]))  # 1 up to 4 cycles, then smaller and fainter
+    _arrows(axes, points, width=0.008 + 0.012 * crowd, color="0.35", alpha=0.25 + 0.75 * crowd)
+    shared = {"alpha": 0.5 + 0.5 * crowd, "zorder": 3}
+    plain = PLAIN_MARK | shared | {"s": 18 + 82 * crowd, "linewidths": 0.8 + 1.2 * crowd}
+    tempered = TEMPERED_MARK | shared | {"s": 10 + 30 * crowd, "linewidths": 0}
+    axes.scatter(*points[0].T, label="plain", **plain)
+    axes.scatter(*points[1].T, label="tempered", **tempered)
+
+
+def _draw_means(axes: Axes, means: Array) -> None:
+    _arrows(axes, means, width=0.03, color="0.1", alpha=1.0, zorder=4)
+    plain = PLAIN_MARK | {"s": 240, "linewidths": 3.5, "zorder": 5}
+    tempered = TEMPERED_MARK | {"s": 100, "linewidths": 1.2, "zorder": 5}
+    axes.scatter(*means[0].T, label="plain mean", **plain)
+    axes.scatter(*means[1].T, label="tempered mean", **tempered)
+
+
+def _arrows(axes: Axes, points: Array, *, width: float, zorder: float = 2, **style: Any) -> None:
+    """From points[0] to points[1], both (N, x or y) in data coordinates; width in inches."""
+    axes.quiver(
+        *points[0].T,
+        *(points[1] - points[0]).T,
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        units="inches",
+        width=width,
+        zorder=zorder,
+        headwidth=6,
+        headlength=9,  # times the width: the head shows from under a diamond
+        headaxislength=8,
+        **style,
+    )

@@ -1,0 +1,68 @@
+"""Make the pocket model: `python -m pocket.recipe` runs every stage, or goes on where it stopped.
+
+Stages: data, vae, unet (with its text encoder), clipseg, judge. Each leaves its result in the work
+folder, so that a killed run loses a few minutes at most; the finished weights go to
+pocket/weights and benchmarks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from pocket.recipe.clipseg import train_clipseg
+from pocket.recipe.data import Pictures, Studio, pictures, training_scene
+from pocket.recipe.export import export_clipseg, export_stable_diffusion
+from pocket.recipe.judge import train_judge, write_judge
+from pocket.recipe.tokenizer import new_tokenizer
+from pocket.recipe.unet import train_unet
+from pocket.recipe.vae import latents, train_vae
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE.parent / "weights"
+PICTURES = 100_000
+STAGES = ("unet", "clipseg", "judge")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pocket.recipe", description=__doc__)
+    parser.add_argument("stages", nargs="*", help=f"from {', '.join(STAGES)}; all by default")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of checkpoints")
+    args = parser.parse_args()
+    unknown = set(args.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"stages must be from {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    make(args.stages or STAGES, args.work)
+
+
+def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
+    """Run `stages`, each with what it builds upon."""
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    studio = Studio(work / "packages")
+    tokenizer = new_tokenizer()
+    seen = pictures(studio, work, "train", PICTURES, training_scene)
+    if "unet" in stages:
+        vae = train_vae(seen.images, work)
+        denoiser = train_unet(scaled_latents(vae, seen, work), seen.scenes, tokenizer, work)
+        export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, tokenizer)
+    if "clipseg" in stages:
+        export_clipseg(WEIGHTS / "clipseg", train_clipseg(seen, tokenizer, work), tokenizer)
+    if "judge" in stages:
+        write_judge(train_judge(studio, work))
+
+
+def scaled_latents(vae: AutoencoderKL, seen: Pictures, work: Path) -> Tensor:
+    """Latents (N, 4, 16, 16) of unit variance, fp16, encoded once."""
+    path = work / "latents.pt"
+    if not path.exists():
+        torch.save((latents(vae, seen.images) * vae.config.scaling_factor).half(), path)
+    return torch.load(path, weights_only=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Stage 3: CLIPSeg, which finds the pixels that a prompt speaks of, in ordinary scenes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
+
+from pocket.recipe.data import SIZE, Pictures, Scene
+from pocket.recipe.training import Plan, bf16, fit
+from pocket.recipe.vae import to_tensor
+from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
+
+PLAN = Plan(steps=5000, batch=32, lr=1e-3, ema=0.998, seed=3)
+TEXT_WIDTH, VISION_WIDTH = 128, 192
+PROMPTS = 4  # a picture: its subjects first, then near misses and strangers
+
+
+def new_clipseg(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
+    """An untrained CLIPSeg of 3.5 M parameters: 64x64 pixels in 8x8 patches, a mask a prompt."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 4 * TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 4 * VISION_WIDTH,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "image_size": SIZE,
+        "patch_size": 8,
+    }
+    config = CLIPSegConfig(
+        text_config=text,
+        vision_config=vision,
+        projection_dim=TEXT_WIDTH,
+        extract_layers=[1, 3, 5],
+        reduce_dim=64,
+        decoder_num_attention_heads=4,
+        decoder_intermediate_size=256,
+    )
+    clipseg = CLIPSegForImageSegmentation(config)
+    # The backward pass of fused attention is slower than plain attention on CPUs.
+    clipseg.set_attn_implementation("eager")
+    return clipseg
+
+
+def segment(clipseg: CLIPSegForImageSegmentation, images: Tensor, ids: Tensor) -> Tensor:
+    """Logits (B, P, H, W) of P prompts a picture, with gradients; `ids` is (B, P, L)."""
+    batch, prompts, length = ids.shape
+    vision = clipseg.clip.get_image_features(pixel_values=images, output_hidden_states=True)
+    layers = [vision.hidden_states[i + 1] for i in clipseg.extract_layers]
+    layers = [layer.repeat_interleave(prompts, dim=0) for layer in layers]  # (B * P, N, D)
+    text = clipseg.clip.get_text_features(ids.reshape(batch * prompts, length)).pooler_output
+    return clipseg.decoder(layers, text).logits.unflatten(0, (batch, prompts))
+
+
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[int]]]:
+    """`PROMPTS` prompts for a scene, each with the slots (from 1) of the subjects it is true of."""
+    asked = [spoken(placed.noun, rng) for placed in scene.placed]
+    while len(asked) < PROMPTS:
+        near = rng.choice(scene.placed).noun
+        wrong_colour = Noun(near.subject, rng.choice(COLOUR_NAMES))
+        wrong_subject = Noun(rng.choice(SUBJECTS), near.colour or rng.choice(COLOUR_NAMES))
+        asked.append(rng.choice((wrong_colour, wrong_subject, spoken(wrong_subject, rng))))
+    return [(noun.phrase(), answers(noun, scene)) for noun in asked]
+
+
+def spoken(noun: Noun, rng: random.Random) -> Noun:
+    """The noun, now and then without its colour."""
+    return Noun(noun.subject) if rng.random() < 0.2 else noun
+
+
+def answers(noun: Noun, scene: Scene) -> list[int]:
+    """Slots of the subjects that `noun` speaks of; a subject without colour means any colour."""
+    return [
+        slot
+        for slot, placed in enumerate(scene.placed, start=1)
+        if placed.noun.subject == noun.subject and noun.colour in (None, placed.noun.colour)
+    ]
+
+
+def train_clipseg(
+    pictures: Pictures, tokenizer: CLIPTokenizer, work: Path, plan: Plan = PLAN
+) -> CLIPSegForImageSegmentation:
+    """Train from nothing, all parts together, with CLIPSeg's binary cross-entropy a prompt."""
+
+    def loss(clipseg: nn.Module, rng: torch.Generator) -> Tensor:
+        picks = torch.randint(len(pictures.images), (plan.batch,), generator=rng).tolist()
+        draw = random.Random(picks[0])
+        asked = [questions(pictures.scenes[i], draw) for i in picks]
+        texts = [prompt for row in asked for prompt, _ in row]
+        ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids  # (B * P, L)
+        slots = torch.from_numpy(pictures.slots[picks])  # (B, H, W)
+        targets = torch.stack(
+            [
+                sum((slots[b] == slot).float() for slot in right) + torch.zeros(slots[b].shape)
+                for b, row in enumerate(asked)
+                for _, right in row
+            ]
+        )  # (B * P, H, W)
+        with bf16():
+            logits = segment(
+                clipseg, to_tensor(pictures.images[picks]), ids.unflatten(0, (plan.batch, PROMPTS))
+            )
+        logits = logits.float().flatten(0, 1)
+        return F.binary_cross_entropy_with_logits(logits, targets)
+
+    clipseg = fit("clipseg", new_clipseg(tokenizer), loss, plan, work)
+    assert isinstance(clipseg, CLIPSegForImageSegmentation)
+    return clipseg

@@ -1,0 +1,119 @@
+"""Stage 2: the U-Net and its text encoder, trained together on cached latents."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pocket.recipe.data import Scene
+from pocket.recipe.training import Plan, bf16, fit
+from pocket.world import caption
+
+PLAN = Plan(steps=4700, batch=48, lr=1e-3, ema=0.999, seed=2)
+WIDTH = 128  # of the text encoder and of the cross-attention
+CAPTION_DROPOUT = 0.1  # share of empty captions: what classifier-free guidance subtracts
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv:2303.09556
+
+# Stable Diffusion v1's own schedule.
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """An untrained CLIP text model of 0.5 M parameters."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """An untrained U-Net of 10.9 M parameters with cross-attention at 8x8 and 4x4."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        norm_num_groups=16,
+    )
+
+
+class Denoiser(nn.Module):
+    """U-Net and text encoder as one module, so that one optimizer trains both."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.unet = new_unet().to(memory_format=torch.channels_last)
+        # The backward pass of fused attention is slower than plain attention on CPUs.
+        self.unet.set_attn_processor(AttnProcessor())
+        self.text_encoder = new_text_encoder(tokenizer)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+        """Predicted noise (B, 4, 16, 16) for captions of token `ids` (B, L)."""
+        context = self.text_encoder(ids).last_hidden_state  # (B, L, WIDTH)
+        return self.unet(noisy, timesteps, context).sample
+
+
+def train_unet(
+    latents: Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer, work: Path, plan: Plan = PLAN
+) -> Denoiser:
+    """Train on scaled `latents` (N, 4, 16, 16) of `scenes`; each step words the captions anew."""
+    schedule = DDPMScheduler(**SCHEDULE)
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+
+    def loss(denoiser: nn.Module, rng: torch.Generator) -> Tensor:
+        picks = torch.randint(len(latents), (plan.batch,), generator=rng)
+        ids = tokenize(tokenizer, [words(scenes[i], rng) for i in picks.tolist()])
+        x0 = latents[picks].float()
+        noise = torch.randn(x0.shape, generator=rng)
+        timesteps = torch.randint(1000, (plan.batch,), generator=rng)
+        noisy = schedule.add_noise(x0, noise, timesteps).to(memory_format=torch.channels_last)
+        with bf16():
+            predicted = denoiser(noisy, timesteps, ids)
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))  # (B,)
+        weight = snr[timesteps].clamp(max=MIN_SNR_GAMMA) / snr[timesteps]
+        return (weight * error).mean()
+
+    denoiser = fit("unet", Denoiser(tokenizer), loss, plan, work)
+    assert isinstance(denoiser, Denoiser)
+    return denoiser
+
+
+def words(scene: Scene, rng: torch.Generator) -> str:
+    """A fresh caption of the scene, its subjects in random order; sometimes an empty one."""
+    draw = random.Random(int(torch.randint(2**31, (), generator=rng)))
+    if draw.random() < CAPTION_DROPOUT:
+        return ""
+    nouns = [placed.noun for placed in scene.placed]
+    return caption(draw.sample(nouns, len(nouns)), draw)
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids (B, max length) as Stable Diffusion pads them."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids

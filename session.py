@@ -1,0 +1,149 @@
+"""What both flows share: the models of one run, and how the run is described on disk."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import outputs
+from loaders import (
+    SAMPLER_NAMES,
+    clipseg_for,
+    load_clipseg,
+    load_pipeline,
+    model_name,
+    scheduler_name,
+)
+from settings import VERSION, Request
+from tempering import Painter
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from PIL.Image import Image
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy")
+LONGEST_CUT = 60  # characters of a cut prompt that a warning shows
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run: the request, a painter ready to paint it, and what stood in for what."""
+
+    request: Request
+    painter: Painter
+    model: str  # the name of the model that really runs
+    clipseg: str
+    notice: str | None  # why another model than the default runs
+
+    @property
+    def pipe(self) -> StableDiffusionPipeline:
+        return self.painter.pipe
+
+    def parameters(self, image: Image, seed: int, *, tempered: bool) -> str:
+        """AUTOMATIC1111's `parameters` text of one picture of this run."""
+        settings = self.request.settings
+        method = {
+            "Tempering stoptime": settings.stoptime,
+            "Tempering backsteps": settings.backsteps,
+            "Tempering k": settings.k,
+            "Tempering cfg_rescale": settings.cfg_rescale,
+        }
+        return outputs.parameters_text(
+            prompt=self.request.prompt,
+            negative_prompt=settings.negative_prompt,
+            steps=settings.steps,
+            sampler=SAMPLER_NAMES[scheduler_name(self.request.models.scheduler)],
+            guidance_scale=settings.guidance_scale,
+            seed=seed,
+            width=image.width,
+            height=image.height,
+            model=self.model,
+            extra={**(method if tempered else {}), "Version": f"Tempering {VERSION}"},
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of every run: the flags to repeat it, models, device, versions."""
+        return {
+            "arguments": {
+                **self.request.arguments,
+                # A repetition uses the model that ran, not the one that could not be had.
+                **({"model": self.model, "clipseg": self.clipseg} if self.notice else {}),
+            },
+            "notice": self.notice,
+            "model": self.model,
+            "clipseg": self.clipseg,
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "vae": type(self.pipe.vae).__name__,
+            "device": str(self.painter.device),
+            "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
+            "started": self.request.begun.isoformat(timespec="seconds"),
+            "versions": {
+                "tempering": VERSION,
+                "python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
+        }
+
+
+def open_session(request: Request, device: str | None = None) -> Session:
+    """Load the models that `request` names and encode its text; warns of prompts that are cut.
+
+    `device` is this process's share where several run, and goes before the request's.
+    """
+    models = replace(request.models, device=device or request.models.device)
+    notices: list[str] = []
+
+    def notice(text: str) -> None:
+        notices.append(text)
+        say(text)
+
+    pipe = load_pipeline(
+        models.model,
+        vae=models.vae,
+        scheduler=models.scheduler,
+        device=models.device,
+        dtype=models.dtype,
+        offload=models.offload,
+        offline=models.offline,
+        notice=notice,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    clipseg_name = models.clipseg or clipseg_for(pipe)
+    clipseg = load_clipseg(
+        clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
+    )
+    warn_of_cuts(pipe.tokenizer, [request.prompt, request.settings.negative_prompt])
+    warn_of_cuts(clipseg.processor.tokenizer, request.prompts)
+    painter = Painter(pipe, clipseg, [request.prompts], request.settings)
+    return Session(
+        request=request,
+        painter=painter,
+        model=model_name(pipe),
+        # No folder of this machine goes into the results.
+        clipseg=Path(clipseg_name).name if Path(clipseg_name).exists() else clipseg_name,
+        notice="\n".join(notices) or None,
+    )
+
+
+def warn_of_cuts(tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Say which words of `prompts` are over the text encoder's length and have no effect."""
+    limit = tokenizer.model_max_length
+    for prompt in prompts:
+        ids = tokenizer(prompt).input_ids
+        if len(ids) > limit:
+            cut = tokenizer.decode(ids[limit - 1 : -1])
+            say(
+                f"warning: the text encoder reads {limit} tokens, this prompt has {len(ids)}; "
+                f"without effect: {textwrap.shorten(cut, LONGEST_CUT)!r}"
+            )
+
+
+def say(text: str) -> None:
+    """Tell the user something that is not a result."""
+    print(text, file=sys.stderr, flush=True)

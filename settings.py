@@ -1,0 +1,118 @@
+"""Everything a user can set, checked; light to import, so that bad input fails at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from errors import InputError
+
+VERSION = "0.1.0"
+# torch's CPU generator keeps 32 bits of a seed: larger ones would repeat smaller ones' pictures.
+MAX_SEED = 2**32 - 1
+PREVIEWS = ("vae", "linear")
+# Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
+SIZE_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class Tempering:
+    """How a picture is denoised and tempered. Raises InputError for a value out of its range."""
+
+    steps: int = 20  # denoising steps of a plain picture, >= 1
+    stoptime: int = 15  # interrupt after this many steps, 1..steps
+    backsteps: int = 5  # go back by this many steps, 0..stoptime
+    k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
+    cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
+    guidance_scale: float = 7.5  # classifier-free guidance (Ho & Salimans 2022); <= 1 is none
+    negative_prompt: str = ""
+    joiner: str = " next to "  # stands between the prompts in the joined prompt
+    threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
+    preview: str = "vae"  # how the interrupted latents become a picture for CLIPSeg
+    height: int | None = None  # pixels; None is the model's own size
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, 1, None)
+        _whole("stoptime", self.stoptime, 1, self.steps, " (the number of steps)")
+        _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
+        _real("k", self.k, 0, math.inf)
+        _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
+        _real("guidance_scale", self.guidance_scale, 0, math.inf)
+        _real("threshold", self.threshold, 0, 1)
+        if self.preview not in PREVIEWS:
+            raise InputError(f"preview must be one of {', '.join(PREVIEWS)}, got {self.preview!r}")
+        for name in ("height", "width"):
+            _size(name, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Models:
+    """Which models, where, and how they are loaded; `loaders` gives the values their meaning."""
+
+    model: str | None = None  # None: Stable Diffusion v1-4, or the pocket where it can not be had
+    clipseg: str | None = None  # None: the one that belongs to the model
+    vae: str | None = None  # None: the model's own
+    scheduler: str = "euler"
+    device: str | None = None  # None: the best one present
+    dtype: str | None = None  # None: what the device computes fastest
+    offload: str | None = None
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of the program: what to paint, with which models, and where it goes."""
+
+    prompts: tuple[str, ...]
+    settings: Tempering
+    models: Models
+    seed: int
+    output: Path
+    begun: datetime
+    arguments: Mapping[str, object]  # the flags, as a later run repeats them
+    compare: bool = False
+    cycles: int = 1
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompts)
+        _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("cycles", self.cycles, 1, None)
+
+    @property
+    def prompt(self) -> str:
+        """The joined prompt."""
+        return self.settings.joiner.join(self.prompts)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Raise InputError unless there is a prompt and none is empty."""
+    if isinstance(prompts, str):
+        raise InputError(f"prompts must be a sequence of texts, got one text {prompts!r}")
+    if not prompts:
+        raise InputError("prompts must name at least one subject, got none")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise InputError(f"prompt {number} must not be empty, got {prompt!r}")
+
+
+def _whole(name: str, value: int, low: int, high: int | None, what: str = "") -> None:
+    wrong_type = isinstance(value, bool) or not isinstance(value, int)
+    if wrong_type or value < low or (high is not None and value > high):
+        span = f"of at least {low}" if high is None else f"in {low}..{high}{what}"
+        raise InputError(f"{name} must be a whole number {span}, got {value!r}")
+
+
+def _real(name: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value) or not low <= value <= high:
+        span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
+        raise InputError(f"{name} must be a finite number {span}, got {value!r}")
+
+
+def _size(name: str, value: int | None) -> None:
+    if value is not None and (value < SIZE_FACTOR or value % SIZE_FACTOR):
+        raise InputError(f"{name} must be a multiple of {SIZE_FACTOR} pixels, got {value!r}")

@@ -1,0 +1,132 @@
+"""What CLIPSeg sees, against transformers' own forward pass and matrices worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segmentation import (
+    LINEAR_MAPS,
+    NONE,
+    ClipSeg,
+    class_matrix,
+    classify,
+    embed_prompts,
+    fit_linear_map,
+    latents_to_rgb,
+    linear_map,
+    segment,
+    uncertainty,
+)
+
+PROMPTS = ["a black dog", "a toy robot", "an apple"]
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def test_segment_equals_clipsegs_own_forward_pass(clipseg: ClipSeg) -> None:
+    images = [picture(1), picture(2, width=96, height=64)]
+    embeddings = embed_prompts(clipseg, PROMPTS).expand(2, -1, -1)
+    found = segment(clipseg, images, embeddings)
+    assert found.shape == (2, 3, 64, 64)
+    for image, probabilities in zip(images, found, strict=True):
+        inputs = clipseg.processor(
+            text=PROMPTS, images=[image] * 3, padding=True, return_tensors="pt"
+        )
+        expected = clipseg.model(**inputs).logits.sigmoid()
+        torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0)
+
+
+def test_the_vision_tower_runs_once_an_image(clipseg: ClipSeg) -> None:
+    seen: list[int] = []
+    tower = clipseg.model.clip.vision_model
+    hook = tower.register_forward_hook(lambda *_, **__: seen.append(1))
+    try:
+        segment(clipseg, [picture(1)], embed_prompts(clipseg, PROMPTS)[None])
+    finally:
+        hook.remove()
+    assert sum(seen) == 1
+
+
+def test_one_prompt_and_long_prompts_are_embedded(clipseg: ClipSeg) -> None:
+    width = clipseg.model.config.projection_dim
+    assert embed_prompts(clipseg, ["a dog"]).shape == (1, width)
+    assert embed_prompts(clipseg, ["zebra " * 100, "a dog"]).shape == (2, width)
+
+
+def test_a_pixel_belongs_to_its_most_probable_class_above_the_threshold() -> None:
+    probabilities = torch.tensor([[[0.9, 0.1, 0.05]], [[0.2, 0.3, 0.1]]])  # (2, 1, 3)
+    assert classify(probabilities, 0.1).tolist() == [[0, 1, NONE]]
+    assert classify(probabilities, 0.3).tolist() == [[0, NONE, NONE]]  # 0.3 does not exceed 0.3
+
+
+def test_class_matrix_by_hand() -> None:
+    probabilities = torch.tensor([[[0.8, 0.6, 0.1, 0.0]], [[0.1, 0.3, 0.5, 0.0]]])  # (2, 1, 4)
+    labels = torch.tensor([[0, 0, 1, NONE]])
+    # class 0 holds pixels 0 and 1: means 0.7 and 0.2; class 1 holds pixel 2: 0.1 and 0.5
+    expected = torch.tensor([[0.7, 0.2], [0.1, 0.5]], dtype=torch.float64)
+    torch.testing.assert_close(class_matrix(probabilities, labels), expected, atol=1e-7, rtol=0)
+
+
+def test_a_class_without_pixels_has_a_row_of_zeros_and_the_largest_uncertainty() -> None:
+    probabilities = torch.tensor([[[0.8, 0.6]], [[0.1, 0.3]]])
+    matrix = class_matrix(probabilities, torch.tensor([[0, 0]]))
+    assert matrix[1].tolist() == [0, 0]
+    assert uncertainty(matrix)[1] == pytest.approx(-math.log(1e-6))
+
+
+def test_uncertainty_by_hand() -> None:
+    matrix = torch.tensor([[0.5, 0.2, 0.4], [0.0, 1.0, 0.0], [0.9, 0.9, 0.1]], dtype=torch.float64)
+    # q = (0.3, 0, 0.9): u = -log(0.5 * 0.7), -log(1), -log(0.1 * 0.1)
+    expected = [-math.log(0.35), 0.0, -math.log(0.01)]
+    assert uncertainty(matrix).tolist() == pytest.approx(expected)
+    single = torch.tensor([[0.25]], dtype=torch.float64)
+    assert uncertainty(single).tolist() == pytest.approx([math.log(4)])
+
+
+class FakeVae:
+    """An autoencoder that is linear: it averages pixels and mixes the colours."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+    mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -0.5], [0.2, 0.0, 1.0], [0.3, 0.3, 0.3]])
+
+    class config:  # noqa: N801 - the name that diffusers gives it
+        scaling_factor = 0.5
+
+    class latent_dist:  # noqa: N801
+        mean: torch.Tensor
+
+    def encode(self, rgb: torch.Tensor) -> FakeVae:
+        small = torch.nn.functional.avg_pool2d(rgb, 4)
+        self.latent_dist.mean = torch.einsum("lc,bchw->blhw", self.mixing, small)
+        return self
+
+
+def test_the_fitted_map_inverts_a_linear_autoencoder() -> None:
+    vae = FakeVae()
+    weights = fit_linear_map(vae)
+    rgb = torch.rand(1, 3, 16, 16) * 2 - 1
+    latents = vae.encode(rgb).latent_dist.mean * 0.5
+    expected = torch.nn.functional.avg_pool2d(rgb, 4)
+    torch.testing.assert_close(latents_to_rgb(latents, weights), expected, atol=1e-4, rtol=0)
+
+
+def test_known_families_keep_their_published_map() -> None:
+    vae = FakeVae()
+    vae.config.scaling_factor = 0.18215
+    try:
+        assert linear_map(vae)[0].tolist() == pytest.approx(LINEAR_MAPS[0.18215][0])
+        vae.config.scaling_factor = 0.13025
+        # Vass 2024: zero latents are (150, 140, 130) of 255
+        grey = latents_to_rgb(torch.zeros(1, 4, 1, 1), linear_map(vae)).flatten()
+        assert ((grey + 1) * 127.5).tolist() == pytest.approx([150, 140, 130], abs=1e-3)
+    finally:
+        vae.config.scaling_factor = 0.5
