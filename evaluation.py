@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def rows(folder: Path) -> list[Row]:
     return sorted(found, key=lambda row: row["seed"])
 
 
-def cycles(session: Session, folder: Path, seeds: list[int]) -> Any:
+def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
     """Paint each seed plain and tempered from one shared prefix; yields a row a cycle."""
     calls = session.painter.unet_calls(compare=True)
     with tqdm(total=calls * len(seeds), desc="U-Net", unit="call", disable=None) as bar:

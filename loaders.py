@@ -11,11 +11,10 @@ import errno
 import json
 import re
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -50,9 +49,10 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
 _CONTACT_SECONDS = 10  # how long the Hub may take to answer for the first time
-_HUB_ID = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?", re.ASCII)
+# Compiled where they are used: importing this module is part of every refusal of bad input.
+_HUB_ID = r"(?a:(?!.*(--|\.\.))(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?)"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-_OUT_OF_MEMORY = re.compile("out of memory|can(no|')t allocate|not enough memory|alloc_failed")
+_OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed"
 _BUNDLED = Path(__file__).parent / "pocket" / "weights"
 _NOTICE = """\
 {rule}
@@ -228,17 +228,16 @@ def load_clipseg(
     pick_dtype(dtype, target)
     source = _locate(model, _CLIPSEG, offline)
     with _loading(source):
-        from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
-
         from segmentation import ClipSeg
 
-        options: dict[str, Any] = {"local_files_only": True}
-        clipseg, report = CLIPSegForImageSegmentation.from_pretrained(
+        transformers = import_module("transformers")
+        options = {"local_files_only": True}
+        clipseg, report = transformers.CLIPSegForImageSegmentation.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **options
         )
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"there is no {', '.join(sorted(report['missing_keys']))}")
-        processor = CLIPSegProcessor.from_pretrained(source, **options)
+        processor = transformers.CLIPSegProcessor.from_pretrained(source, **options)
         return ClipSeg(clipseg.to(target, _precision(source, dtype, target)).eval(), processor)
 
 
@@ -264,8 +263,8 @@ def resolve(
 
 def model_name(pipe: StableDiffusionPipeline) -> str:
     """What to call the pipeline's model in results: Hub id, `pocket`, or a path's last name."""
-    text = str(getattr(pipe.config, "_name_or_path", None) or "unknown")
-    return text if _HUB_ID.fullmatch(text) and not Path(text).exists() else _name(Path(text))
+    text = str(pipe.name_or_path or "unknown")
+    return text if re.fullmatch(_HUB_ID, text) and not Path(text).exists() else _name(Path(text))
 
 
 def clipseg_for(model: str | StableDiffusionPipeline) -> str:
@@ -316,7 +315,7 @@ def _check(text: str, kind: _Kind) -> None:
         elif text.startswith(("/", ".", "~")) or re.search(r"\\|/.*/|\.safetensors$", text):
             fault = "does not exist"
         else:
-            fault = None if _HUB_ID.fullmatch(text) else "is none of them"
+            fault = None if re.fullmatch(_HUB_ID, text) else "is none of them"
     except (OSError, RuntimeError) as error:
         fault = f"can not be read ({_line(error)})"
     if fault:
@@ -399,7 +398,7 @@ def pick_dtype(text: str | None, device: torch.device) -> torch.dtype:
 
     if text is None:
         # Older torch has no get_capabilities, and knows of x86 alone whether it has bf16.
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         older = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
         has_bf16 = older or any(found.get(name) for name in names)
@@ -460,7 +459,7 @@ def _fetch(repo: str, kind: _Kind, offline: bool) -> Path:
             with _hub_errors(repo, kind):
                 folder = _download(repo, kind.patterns)
         except _UnreachableError as error:  # not a reason to run another model: it was there
-            text = f"the download of {repo} broke off: {error.reason}; run again to go on"
+            text = f"the download of {repo} broke off, {error.reason}; run again to go on"
             raise ModelError(text) from error
         fault = _fault(folder, kind)
     if fault:
@@ -508,7 +507,8 @@ def _hub_errors(repo: str, kind: _Kind) -> Iterator[None]:
         elif isinstance(error, OSError) and error.errno is not None:
             reason = _line(error)
         else:
-            reason = f"the Hub can not be reached ({_line(cause)})"
+            answer = f"it answers {http.response.status_code}" if http else _line(cause)
+            reason = f"the Hub can not be reached ({answer})"
             raise _UnreachableError(repo, reason, kind.instead) from error
         raise ModelError(f"{start}: {reason}; {kind.instead}") from error
 
@@ -526,7 +526,10 @@ def _loading(source: Path) -> Iterator[Any]:
     from safetensors import SafetensorError
 
     try:
-        with memory_errors(), _quiet():
+        with memory_errors(), warnings.catch_warnings():
+            # torch_dtype is the one name that every version of diffusers in range knows.
+            warnings.simplefilter("ignore", FutureWarning)
+            _quiet()
             yield import_module("diffusers")
     except TemperingError:
         raise
@@ -543,7 +546,7 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error).lower()):
+        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY, str(error).lower()):
             raise
         raise ResourceError(
             "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
@@ -551,25 +554,23 @@ def memory_errors() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither bars nor advice of transformers and diffusers; afterwards both are as they were."""
-    from huggingface_hub.utils import are_progress_bars_disabled
+def _quiet() -> None:
+    """No bars and advice of transformers and diffusers from here on; the Hub client keeps its bars.
 
-    # transformers' switch turns the Hub client's bars as well.
+    What they say of prompts that are too long, the flows say in their own words.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+
     had_bars = not are_progress_bars_disabled()
-    with ExitStack() as afterwards, warnings.catch_warnings():
-        # torch_dtype is the one name that every version of diffusers in range knows.
-        warnings.simplefilter("ignore", FutureWarning)
-        for library in ("transformers", "diffusers"):  # advice starts while diffusers is imported
-            log = import_module(f"{library}.utils.logging")
-            afterwards.callback(log.set_verbosity, log.get_verbosity())
-            log.set_verbosity_error()
-            if had_bars:
-                afterwards.callback(log.enable_progress_bar)
-            log.disable_progress_bar()
-        yield
+    for library in ("transformers", "diffusers"):  # advice starts while diffusers is imported
+        log = import_module(f"{library}.utils.logging")
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    if had_bars:  # transformers' switch turned them off as well
+        enable_progress_bars()
 
 
 def _line(error: BaseException) -> str:
+    import textwrap
+
     return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__

@@ -96,6 +96,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not (args.repeat or args.resume):
         return args
     stored = stored_arguments(args.repeat or args.resume / "run.json")
+    if any(getattr(args, flow) for flow in FLOWS):
+        stored = {name: value for name, value in stored.items() if name not in FLOWS}
     repeated = parser()
     repeated.set_defaults(**stored)
     args = repeated.parse_args(words)

@@ -79,7 +79,6 @@ class Session:
             "model": self.model,
             "clipseg": self.clipseg,
             "scheduler": type(self.pipe.scheduler).__name__,
-            "vae": type(self.pipe.vae).__name__,
             "device": str(self.painter.device),
             "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
             "started": self.request.begun.isoformat(timespec="seconds"),

@@ -1,17 +1,17 @@
 """Tempering: denoise, look, put noise back where the classes are uncertain, denoise again.
 
-| symbol | name here   | meaning                                                             |
-|--------|-------------|---------------------------------------------------------------------|
-| x      | latents     | (B, channels, h, w), at the noise level of the step to come          |
-| x0     | x0          | clean latents that the denoiser predicts from x                     |
-| eps    | eps         | noise that the denoiser predicts, guidance included                 |
-| alpha  | alpha       | the scheduler's signal scale at a timestep, sqrt(alphas_cumprod)    |
-| sigma  | sigma       | its noise scale, sqrt(1 - alphas_cumprod): x = alpha x0 + sigma eps |
-| g      | guidance_scale | weight of classifier-free guidance                               |
-| u_i    | uncertainty | of class i (segmentation.py)                                        |
-| gamma  | gamma       | share of fresh noise in eps, per pixel: 1 - exp(-k u_i) in class i  |
+| symbol | name here      | meaning                                                            |
+|--------|----------------|--------------------------------------------------------------------|
+| x      | latents        | (B, channels, h, w), at the noise level of the step to come        |
+| x0     | x0             | clean latents that the denoiser predicts from x                    |
+| eps    | eps            | noise that the denoiser predicts, guidance included                |
+| alpha  | alpha          | signal scale at a timestep, sqrt(alphas_cumprod)                   |
+| sigma  | sigma          | noise scale, sqrt(1 - alphas_cumprod): x = alpha x0 + sigma eps    |
+| g      | guidance_scale | weight of classifier-free guidance                                 |
+| u_i    | uncertainty    | of class i (segmentation.py)                                       |
+| gamma  | gamma          | share of fresh noise in eps, per pixel: 1 - exp(-k u_i) in class i |
 
-The method is Alberto Garcia Nunez's (master's thesis, UNIR); the re-noising here stays on the
+The method is Alberto García Núñez's (master's thesis, UNIR); the re-noising here stays on the
 scheduler's own schedule for every k.
 """
 
@@ -162,9 +162,8 @@ class Painter:
         views = self.look(self.preview(x0))
 
         tempered = self.go_back(trunk, x0, eps, gammas(views, self.settings.k, x0.shape[-2:]))
-        for calls in descend(
-            self, [trunk, tempered] if compare else [tempered], self.settings.steps
-        ):
+        branches = [trunk, tempered] if compare else [tempered]
+        for calls in descend(self, branches, self.settings.steps):
             report(calls)
 
         images = self.decode(tempered.latents)

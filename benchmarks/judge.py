@@ -34,11 +34,11 @@ BACKGROUND, HYBRID = 0, len(SUBJECTS) + 1
 NATURAL, NO_COLOUR = len(COLOUR_NAMES), 255
 SUBJECT_LABELS, COLOUR_LABELS = HYBRID + 1, NATURAL + 1
 
-# The smallest subject of the pocket world, glasses of 20 pixels, covers 24 cells. Half of that is
-# not there as a whole any more; smaller patches are misread edges.
-PRESENT_CELLS = 12
-# A seam between two subjects that touch reads as hybrid over a few cells; a fused thing is at
-# least as large as a subject.
+# The smallest subject of the pocket world, a chair of 20 pixels, covers 19 cells. With less than
+# half of that it is not there as a whole; smaller patches are misread edges.
+PRESENT_CELLS = 9
+# A seam between two subjects that touch reads as hybrid over a few cells; a fused thing is
+# larger: the smallest that the recipe draws covers 31.
 FUSED_CELLS = 16
 # A subject has its colour if this share of its cells has it. The rest is left for markings that
 # stay dark or light in every colour; a subject of two colours has a third of its cells in each.
@@ -142,7 +142,7 @@ def convolution(width_in: int, width: int, stride: int = 1) -> nn.Sequential:
 
 
 class JudgeNet(nn.Module):
-    """A feature pyramid (Lin et al. 2017, arXiv:1612.03144) of 1.1 M parameters.
+    """A feature pyramid (Lin et al. 2017, arXiv:1612.03144) of 1.2 M parameters.
 
     Residual blocks go down to 4x4, where a cell sees the whole picture; what they saw comes back
     up to 32x32 on lateral connections.

@@ -209,7 +209,10 @@ def test_unsupported_python_is_refused_in_one_line(
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
-        [BASE_PYTHON, "-c", pretend, house / "init.py"], capture_output=True, text=True
+        [BASE_PYTHON, "-c", pretend, str(house / "init.py")],
+        env=settings(),
+        capture_output=True,
+        text=True,
     )
     shown = ".".join(map(str, version))
     assert done.returncode == 2 and done.stdout == ""
@@ -314,7 +317,7 @@ def test_machine_without_ensurepip_is_told_what_to_install(tmp_path: Path) -> No
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
-        [BASE_PYTHON, "-c", hide, house / "init.py"],
+        [BASE_PYTHON, "-c", hide, str(house / "init.py")],
         env=settings(),
         capture_output=True,
         text=True,
@@ -395,12 +398,15 @@ def test_interrupted_installation_leaves_no_stamp(ready: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while not (ready / "building").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not (ready / "building").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and stdout == ""
     said = [line for line in stderr.splitlines() if line.startswith("interrupted: ")]
     assert len(said) == 1 and "run the same command again" in said[0]

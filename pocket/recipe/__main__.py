@@ -8,6 +8,7 @@ pocket/weights and benchmarks.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from pocket.recipe.clipseg import train_clipseg
 from pocket.recipe.data import Pictures, Studio, pictures, training_scene
 from pocket.recipe.export import export_clipseg, export_stable_diffusion
-from pocket.recipe.judge import train_judge, write_judge
+from pocket.recipe.judge import export_judge, train_judge
 from pocket.recipe.tokenizer import new_tokenizer
+from pocket.recipe.training import bf16
 from pocket.recipe.unet import train_unet
 from pocket.recipe.vae import latents, train_vae
 
@@ -53,7 +55,18 @@ def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
     if "clipseg" in stages:
         export_clipseg(WEIGHTS / "clipseg", train_clipseg(seen, tokenizer, work), tokenizer)
     if "judge" in stages:
-        write_judge(train_judge(studio, work))
+        export_judge(train_judge(studio, work, degrade=round_trip(train_vae(seen.images, work))))
+
+
+def round_trip(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
+    """What the autoencoder makes of images (N, 3, H, W) in -1..1: what the judge will be shown."""
+
+    @torch.no_grad()
+    def degrade(images: Tensor) -> Tensor:
+        with bf16():
+            return vae.decode(vae.encode(images).latent_dist.mean).sample.float()
+
+    return degrade
 
 
 def scaled_latents(vae: AutoencoderKL, seen: Pictures, work: Path) -> Tensor:

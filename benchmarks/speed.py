@@ -1,0 +1,377 @@
+"""Speed and memory of this program beside diffusers', on Stable Diffusion v1-4's architecture.
+
+    python -m benchmarks.speed [--scratch DIR] [--steps 4] [--size 512] [--keep]
+
+Weights are random (architecture.py): what is painted is noise, what it costs is not. Each variant
+runs in a process of its own, so its peak memory is its own. Loading reads files that have just been
+written, so it measures the work of loading and not the disk. Times are taken around the models'
+own methods; the algorithm knows nothing of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial, wraps
+from importlib import import_module
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import outputs
+from errors import InputError
+from settings import Tempering
+
+# Neither torch nor anything that imports it stands above: Linux counts what a process has had in
+# memory before it starts a child as the child's own peak.
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+FOLDER = "tempering-benchmark"  # in the scratch directory
+PROMPTS = ("a black dog", "a toy robot")
+SEED = 2024
+GOAL = 0.05  # of painting's time may be spent outside of the models
+MODELS = ("unet", "vae", "clipseg")
+PACKAGES = ("torch", "diffusers", "transformers")
+LIBRARIES = (
+    ("diffusers", "StableDiffusionPipeline"),
+    ("transformers", "CLIPSegForImageSegmentation"),
+    ("tempering", "temper"),
+)
+# The libraries' bars and advice, of which diffusers' bars can not be switched off from outside.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+GIB = 2**30
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of the models took during a picture."""
+
+    calls: int
+    seconds: float  # all calls together
+    median: float  # seconds of one call
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one variant took for one picture."""
+
+    variant: str
+    dtype: str
+    device: str
+    load: float  # seconds
+    paint: float  # seconds, text and VAE included
+    parts: dict[str, Part]
+    peak: int  # bytes of host memory at most, weights included
+
+    @property
+    def rest(self) -> float:
+        """The share of painting that is neither U-Net nor VAE nor CLIPSeg."""
+        return 1 - sum(self.parts[name].seconds for name in MODELS) / self.paint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A variant, ready to paint."""
+
+    pipe: Any
+    clipseg: Any | None
+    paint: Callable[[], None]
+
+
+class Clock:
+    """Seconds spent inside the models, call by call; no call of one contains one of another."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._seconds: dict[str, list[float]] = {name: [] for name in (*MODELS, "text_encoder")}
+        self._watch("unet", loaded.pipe.unet)
+        self._watch("vae", loaded.pipe.vae, "decode")
+        self._watch("text_encoder", loaded.pipe.text_encoder)
+        if loaded.clipseg:
+            model = loaded.clipseg.model
+            self._watch("clipseg", model, "get_conditional_embeddings")
+            self._watch("clipseg", model.clip, "get_image_features")
+            self._watch("clipseg", model.decoder)
+
+    def parts(self) -> dict[str, Part]:
+        """What each model took so far."""
+        return {name: _part(seconds) for name, seconds in self._seconds.items()}
+
+    def _watch(self, part: str, owner: Any, method: str = "forward") -> None:
+        call = getattr(owner, method)
+
+        @wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begun = now()
+            result = call(*args, **kwargs)
+            self._seconds[part].append(now() - begun)
+            return result
+
+        setattr(owner, method, timed)
+
+
+def _part(seconds: Sequence[float]) -> Part:
+    return Part(len(seconds), sum(seconds), median(seconds or [0.0]))
+
+
+def now() -> float:
+    """Seconds, once the device has done all it was told."""
+    import torch
+
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def load_diffusers(folder: Path, settings: Tempering, dtype: str | None = None) -> Loaded:
+    """diffusers' own pipeline with its model's scheduler; `dtype` None is diffusers' default."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from loaders import pick_device
+
+    options = {} if dtype is None else {"torch_dtype": getattr(torch, dtype)}
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "stable-diffusion", **options)
+    pipe.to(pick_device())
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint() -> None:
+        pipe(
+            settings.joiner.join(PROMPTS),
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            height=settings.height,
+            width=settings.width,
+            generator=torch.Generator().manual_seed(SEED),
+        )
+
+    return Loaded(pipe, None, paint)
+
+
+def load_program(folder: Path, settings: Tempering) -> Loaded:
+    """This program with all its defaults."""
+    from loaders import load_clipseg, load_pipeline
+    from tempering import temper
+
+    pipe = load_pipeline(str(folder / "stable-diffusion"))
+    clipseg = load_clipseg(str(folder / "clipseg"))
+
+    def paint() -> None:
+        temper(pipe, clipseg, PROMPTS, settings, seed=SEED)
+
+    return Loaded(pipe, clipseg, paint)
+
+
+VARIANTS: dict[str, Callable[[Path, Tempering], Loaded]] = {
+    "diffusers, as it comes": load_diffusers,
+    "diffusers, bf16": partial(load_diffusers, dtype="bfloat16"),
+    "tempering": load_program,
+}
+
+
+def measure(variant: str, folder: Path, settings: Tempering) -> Measurement:
+    """Load the models that `architecture.save` wrote to `folder`, paint one picture, take times."""
+    for library, name in LIBRARIES:  # importing them is not a part of loading a model
+        getattr(import_module(library), name)
+    begun = now()
+    loaded = VARIANTS[variant](folder, settings)
+    ready = now()
+    clock = Clock(loaded)
+    started = now()
+    loaded.paint()
+    painted = now()
+    unet = loaded.pipe.unet
+    return Measurement(
+        variant=variant,
+        dtype=str(unet.dtype).removeprefix("torch."),
+        device=unet.device.type,
+        load=ready - begun,
+        paint=painted - started,
+        parts=clock.parts(),
+        peak=peak_memory(),
+    )
+
+
+def peak_memory() -> int:
+    """Bytes of host memory that this process has had at most."""
+    import resource  # not on Windows, where the rest of this file can be read nevertheless
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def build(folder: Path) -> None:
+    """Write the models."""
+    from benchmarks.architecture import save
+
+    save(folder)
+
+
+def alone(function: Callable[..., T], *args: object) -> T:
+    """What `function` returns from a new process, which ends with it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on beside the code."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def report(settings: Tempering, measurements: Sequence[Measurement]) -> dict[str, object]:
+    """The content of speed.json; seconds and shares are rounded to what they can mean."""
+    return {
+        "machine": machine(),
+        "size": [settings.width, settings.height],
+        "steps": settings.steps,
+        "stoptime": settings.stoptime,
+        "backsteps": settings.backsteps,
+        "variants": [
+            {
+                "variant": each.variant,
+                "device": each.device,
+                "dtype": each.dtype,
+                "load_seconds": round(each.load, 2),
+                "paint_seconds": round(each.paint, 2),
+                "total_seconds": round(each.load + each.paint, 2),
+                **{name: rounded(part) for name, part in each.parts.items()},
+                "rest_share": round(each.rest, 4),
+                "peak_gib": round(each.peak / GIB, 2),
+            }
+            for each in measurements
+        ],
+    }
+
+
+def rounded(part: Part) -> dict[str, float]:
+    return {
+        "calls": part.calls,
+        "seconds": round(part.seconds, 3),
+        "median_seconds": round(part.median, 3),
+    }
+
+
+def table(measurements: Sequence[Measurement]) -> str:
+    """A Markdown table, a row a variant; models as calls x median seconds of a call."""
+    head = (
+        "variant", "dtype", "load s", "U-Net step s", "VAE s", "CLIPSeg s", "rest", "paint s",
+        "total s", "peak GiB",
+    )  # fmt: skip
+    rows = [
+        (
+            each.variant,
+            each.dtype,
+            f"{each.load:.1f}",
+            cell(each.parts["unet"]),
+            cell(each.parts["vae"]),
+            f"{each.parts['clipseg'].seconds:.2f}",
+            f"{each.rest:.1%}",
+            f"{each.paint:.1f}",
+            f"{each.load + each.paint:.1f}",
+            f"{each.peak / GIB:.2f}",
+        )
+        for each in measurements
+    ]
+    lines = [head, ("---", "---", *["---:"] * (len(head) - 2)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cell(part: Part) -> str:
+    return f"{part.calls} x {part.median:.2f}"
+
+
+def say(text: str) -> None:
+    """Tell how far it is; the result alone goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(scratch: Path, settings: Tempering, *, keep: bool) -> list[Measurement]:
+    """Measure every variant with models in `scratch`, written first where they are not there."""
+    folder = scratch / FOLDER
+    try:
+        if folder.exists():
+            say(f"using the models in {folder}")
+        else:
+            say(f"writing 5 GB of random weights to {folder}")
+            alone(build, folder)
+        measurements = []
+        for variant in VARIANTS:
+            say(f"measuring {variant}")
+            measurements.append(alone(measure, variant, folder, settings))
+        return measurements
+    finally:
+        if not keep:
+            for name in (FOLDER, f"{FOLDER}.unfinished"):
+                shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write speed.json, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", allow_abbrev=False)
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
+        help="where 5 GB of models are written; those of an earlier --keep are used again",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
+    parser.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
+    parser.add_argument("--keep", action="store_true", help="leave the models for the next time")
+    args = parser.parse_args(argv)
+    try:
+        # steps + 1 U-Net calls, as many as diffusers' PNDM makes.
+        settings = Tempering(
+            steps=args.steps,
+            stoptime=max(1, args.steps - 1),
+            backsteps=1,
+            height=args.size,
+            width=args.size,
+        )
+    except InputError as error:
+        parser.error(str(error))
+    os.environ.update(QUIET)
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    measurements = run(args.scratch, settings, keep=args.keep)
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    outputs.save_json(RESULTS, report(settings, measurements))
+    print(table(measurements))
+    rest = measurements[-1].rest
+    print(
+        f"\nTempering spends {rest:.1%} of painting outside of U-Net, VAE and CLIPSeg "
+        f"(goal: under {GOAL:.0%}): {'met' if rest < GOAL else 'missed'}."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

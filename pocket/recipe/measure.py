@@ -1,0 +1,186 @@
+"""The figures of the model card: `python -m pocket.recipe.measure` writes pocket/figures.json.
+
+Everything is measured on renders and seeds that no stage trained on, with the weights as shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from benchmarks.judge import NO_COLOUR, Judge, Pixels, Verdict, as_tensor, load_judge
+from benchmarks.prompts import benchmark
+from loaders import load_clipseg, load_pipeline
+from pocket.recipe.data import Pictures, Studio, pictures, training_scene
+from pocket.recipe.judge import measure_judge
+from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
+from segmentation import ClipSeg, classify, embed_prompts, segment
+
+FIGURES = Path(__file__).parent.parent / "figures.json"
+BATCH = 50
+HELD_OUT = 500
+FIRST_SEED = 10_000
+GUIDANCE_SCALES = (5.0, 7.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pocket.recipe.measure", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
+    parser.add_argument("--pictures", type=int, default=500, help="pictures a figure")
+    args = parser.parse_args()
+    figures = measure(args.work, args.pictures)
+    FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+def measure(work: Path, count: int) -> dict[str, Any]:
+    """All figures, by part."""
+    studio = Studio(work / "packages")
+    held_out = pictures(studio, work, "held-out", HELD_OUT, training_scene)
+    judge = load_judge()
+    pipe = load_pipeline("pocket", device="cpu", dtype="fp32")
+    pipe.set_progress_bar_config(disable=True)
+    return {
+        "seconds_a_picture": seconds_a_picture(pipe),
+        "vae": vae_figures(pipe.vae, held_out, judge),
+        "clipseg": clipseg_figures(load_clipseg("pocket", device="cpu"), held_out),
+        "judge": measure_judge(judge, studio, 3000, seed=1),
+        "single": {str(g): single_figures(pipe, judge, count, g) for g in GUIDANCE_SCALES},
+        "pairs": {
+            name: pair_figures(pipe, judge, [list(prompt.nouns) for prompt in prompts], count)
+            for name, prompts in benchmark().items()
+        },
+    }
+
+
+def seconds_a_picture(pipe: StableDiffusionPipeline, runs: int = 5) -> float:
+    """Median wall time of one 20-step picture, weights loaded."""
+    seconds = []
+    for _ in range(runs):
+        begun = time.perf_counter()
+        pipe("a black dog next to a toy robot", num_inference_steps=20)
+        seconds.append(time.perf_counter() - begun)
+    return round(float(np.median(seconds)), 3)
+
+
+@torch.no_grad()
+def vae_figures(vae: AutoencoderKL, held_out: Pictures, judge: Judge) -> dict[str, float]:
+    """PSNR in dB (peak 255, mean over pictures), and colours told before and after a round trip."""
+    restored = np.concatenate(
+        [round_trip(vae, held_out.images[i : i + BATCH]) for i in range(0, HELD_OUT, BATCH)]
+    )
+    error = (restored.astype(float) - held_out.images) ** 2
+    psnr = 10 * np.log10(255**2 / error.mean(axis=(1, 2, 3)))
+    return {
+        "psnr": round(float(psnr.mean()), 2),
+        "colour_accuracy_before": colour_accuracy(judge, held_out, held_out.images),
+        "colour_accuracy_after": colour_accuracy(judge, held_out, restored),
+    }
+
+
+def round_trip(vae: AutoencoderKL, images: Pixels) -> Pixels:
+    decoded = vae.decode(vae.encode(as_tensor(images)).latent_dist.mean).sample
+    pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).numpy()
+
+
+def colour_accuracy(judge: Judge, held_out: Pictures, images: Pixels) -> float:
+    """Share of the coloured subjects most of whose cells the judge gives the right colour."""
+    labels = judge.label(images)
+    right = []
+    for scene, slots, colours in zip(held_out.scenes, held_out.slots, labels.colour, strict=True):
+        for slot, placed in enumerate(scene.placed, start=1):
+            named = colours[(slots[::2, ::2] == slot) & (colours != NO_COLOUR)]
+            if placed.noun.colour and len(named):
+                most = np.bincount(named).argmax()
+                right.append(most == COLOUR_NAMES.index(placed.noun.colour))
+    return round(float(np.mean(right)), 4)
+
+
+def clipseg_figures(clipseg: ClipSeg, held_out: Pictures) -> dict[str, float]:
+    """Mean IoU of full prompts at threshold 0.5, and the response to what is not there."""
+    draw = random.Random(0)
+    overlaps, strangers, mistaken = [], [], []
+    for scene, slots, pixels in zip(held_out.scenes, held_out.slots, held_out.images, strict=True):
+        shown = [placed.noun for placed in scene.placed]
+        names = {noun.subject for noun in shown}
+        absent = Noun(draw.choice([s for s in SUBJECTS if s not in names]), shown[0].colour)
+        embeddings = embed_prompts(clipseg, [noun.phrase() for noun in (*shown, absent)])
+        found = segment(clipseg, [Image.fromarray(pixels)], embeddings[None])[0].numpy()
+        for slot, mask in enumerate(found[:-1] > 0.5, start=1):
+            truth = slots == slot
+            overlaps.append((mask & truth).sum() / (mask | truth).sum())
+        strangers.append(found[-1].mean())
+        mistaken.append(bool((classify(torch.from_numpy(found), 0.1) == len(shown)).any()))
+    return {
+        "mean_iou": round(float(np.mean(overlaps)), 4),
+        "absent_mean_probability": round(float(np.mean(strangers)), 4),
+        "absent_wins_a_pixel": round(float(np.mean(mistaken)), 4),
+    }
+
+
+def single_figures(
+    pipe: StableDiffusionPipeline, judge: Judge, count: int, guidance_scale: float
+) -> dict[str, float]:
+    """One coloured subject a picture."""
+    draw = random.Random(0)
+    asked = [[Noun(draw.choice(SUBJECTS), draw.choice(COLOUR_NAMES))] for _ in range(count)]
+    return rates(judged(pipe, judge, asked, guidance_scale))
+
+
+def pair_figures(
+    pipe: StableDiffusionPipeline, judge: Judge, prompts: list[list[Noun]], count: int
+) -> dict[str, dict[str, float]]:
+    """Two subjects a picture, plain sampling at guidance 7.5: all, seen pairs, unseen pairs."""
+    asked = [prompts[i % len(prompts)] for i in range(count)]
+    verdicts = judged(pipe, judge, asked, 7.5)
+    seen = [frozenset(noun.subject for noun in nouns) in seen_pairs() for nouns in asked]
+    return {
+        "all": rates(verdicts),
+        "seen": rates([v for v, known in zip(verdicts, seen, strict=True) if known]),
+        "unseen": rates([v for v, known in zip(verdicts, seen, strict=True) if not known]),
+    }
+
+
+def judged(
+    pipe: StableDiffusionPipeline, judge: Judge, asked: list[list[Noun]], guidance_scale: float
+) -> list[Verdict]:
+    """The judge's verdict of one 20-step picture for each entry of `asked`, seeds in order."""
+    verdicts = []
+    for start in range(0, len(asked), BATCH):
+        batch = asked[start : start + BATCH]
+        images = pipe(
+            [" and ".join(noun.phrase("a") for noun in nouns) for nouns in batch],
+            num_inference_steps=20,
+            guidance_scale=guidance_scale,
+            generator=[
+                torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(batch))
+            ],
+        ).images
+        verdicts += judge.judge(np.stack([np.asarray(image) for image in images]), batch)
+    return verdicts
+
+
+def rates(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Shares of the verdicts that are all OK, and of each fault."""
+    return {
+        "n": len(verdicts),
+        **{
+            name: round(float(np.mean([getattr(v, name) for v in verdicts])), 4)
+            for name in ("all_ok", "missing", "wrong_colour", "fused")
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

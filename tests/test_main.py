@@ -1,0 +1,511 @@
+"""The command line: what it refuses and in which words, how fast, and what README says of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import inference
+import loaders
+import main
+import tempering
+from settings import VERSION
+
+REPOSITORY = Path(main.__file__).parent
+POCKET = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
+UNET = Path("unet", "diffusion_pytorch_model.safetensors")
+TABLES = ("README.md", "README.es.md")
+INIT_ALONE = {"--test"}
+PAINT, MEASURE = "--tempered_inference", "--evaluate"
+FEW = (
+    *("--model", "pocket", "--device", "cpu"),
+    *("--steps", "4", "--stoptime", "3", "--backsteps", "1"),
+)
+ONE_FLOW = "exactly one of --tempered_inference, --evaluate, --update is needed, got"
+MODEL = "--model must be a folder, a .safetensors file, a Hub id or pocket, but"
+
+# Words of the command line, and the one line that they get after "error: ".
+BAD: dict[str, tuple[list[str], str]] = {
+    "no flow": ([], f"{ONE_FLOW} none"),
+    "two flows": ([PAINT, MEASURE], f"{ONE_FLOW} --tempered_inference and --evaluate"),
+    "update and a flow": ([MEASURE, "--update"], f"{ONE_FLOW} --evaluate and --update"),
+    "no prompt": (
+        [PAINT, "--prompts"],
+        "argument --prompts: expected at least one argument (see --help)",
+    ),
+    "an empty prompt": (
+        [PAINT, "--prompts", "a black dog", ""],
+        "prompt 2 must not be empty, got ''",
+    ),
+    "a blank prompt": ([PAINT, "--prompts", " \t"], "prompt 1 must not be empty, got ' \\t'"),
+    "steps 0": ([PAINT, "--steps", "0"], "steps must be a whole number of at least 1, got 0"),
+    "steps -3": ([PAINT, "--steps", "-3"], "steps must be a whole number of at least 1, got -3"),
+    "steps 0.5": (
+        [PAINT, "--steps", "0.5"],
+        "argument --steps: invalid int value: '0.5' (see --help)",
+    ),
+    "stoptime 0": (
+        [PAINT, "--stoptime", "0"],
+        "stoptime must be a whole number in 1..20 (the number of steps), got 0",
+    ),
+    "stoptime over steps": (
+        [PAINT, "--steps", "10", "--stoptime", "11"],
+        "stoptime must be a whole number in 1..10 (the number of steps), got 11",
+    ),
+    "backsteps -1": (
+        [PAINT, "--backsteps", "-1"],
+        "backsteps must be a whole number in 0..15 (the stoptime), got -1",
+    ),
+    "backsteps over stoptime": (
+        [PAINT, "--stoptime", "3", "--backsteps", "4"],
+        "backsteps must be a whole number in 0..3 (the stoptime), got 4",
+    ),
+    "k -1": ([PAINT, "--k", "-1"], "k must be a finite number of at least 0, got -1.0"),
+    "k nan": ([PAINT, "--k", "nan"], "k must be a finite number of at least 0, got nan"),
+    "k inf": ([PAINT, "--k", "inf"], "k must be a finite number of at least 0, got inf"),
+    "k -inf": ([PAINT, "--k=-inf"], "k must be a finite number of at least 0, got -inf"),
+    "cfg_rescale nan": (
+        [PAINT, "--cfg_rescale", "nan"],
+        "cfg_rescale must be a finite number of at least 0, got nan",
+    ),
+    "guidance_scale inf": (
+        [PAINT, "--guidance_scale", "inf"],
+        "guidance_scale must be a finite number of at least 0, got inf",
+    ),
+    "threshold 2": (
+        [PAINT, "--threshold", "2"],
+        "threshold must be a finite number in 0..1, got 2.0",
+    ),
+    "cycles 0": ([MEASURE, "--cycles", "0"], "cycles must be a whole number of at least 1, got 0"),
+    "seed -1": (
+        [PAINT, "--seed", "-1"],
+        "seed must be a whole number in 0..4294967295, got -1",
+    ),
+    "seed of 33 bits": (
+        [PAINT, "--seed", "4294967296"],
+        "seed must be a whole number in 0..4294967295, got 4294967296",
+    ),
+    "height 60": ([PAINT, "--height", "60"], "height must be a multiple of 8 pixels, got 60"),
+    "width 0": ([PAINT, "--width", "0"], "width must be a multiple of 8 pixels, got 0"),
+    "width -8": ([MEASURE, "--width", "-8"], "width must be a multiple of 8 pixels, got -8"),
+    "scheduler": (
+        [PAINT, "--scheduler", "eulre"],
+        f"--scheduler must be one of {', '.join(loaders.SCHEDULERS)}, got 'eulre'",
+    ),
+    "model of words": ([PAINT, "--model", "a good one"], f"{MODEL} 'a good one' is none of them"),
+    "model of nothing": ([PAINT, "--model", ""], f"{MODEL} '' is none of them"),
+    "model nowhere": (
+        [PAINT, "--model", "./no/such/model"],
+        f"{MODEL} './no/such/model' does not exist",
+    ),
+    "model pickled": (
+        [PAINT, "--model", "sd-v1-4.ckpt"],
+        f"{MODEL} 'sd-v1-4.ckpt' is a .ckpt file, which can run code when it is loaded",
+    ),
+    "clipseg nowhere": (
+        [PAINT, "--clipseg", "./no/such"],
+        "--clipseg must be a folder, a Hub id or pocket, but './no/such' does not exist",
+    ),
+    "unknown flag": (
+        [PAINT, "--annealing"],
+        "unrecognized arguments: --annealing (see --help)",
+    ),
+    "flag cut short": ([PAINT, "--step", "4"], "unrecognized arguments: --step 4 (see --help)"),
+    "repeat and resume": (
+        ["--repeat", "a", "--resume", "b"],
+        "--repeat and --resume exclude each other, got both",
+    ),
+}
+HEAVY = ("torch", "diffusers", "transformers", "huggingface_hub", "numpy", "scipy", "PIL")
+# Runs commands from stdin in one process; says how each ended and what was imported by then.
+PROBE = f"""
+import json, main, sys
+for words in json.load(sys.stdin):
+    code = main.main(words)
+    print(json.dumps([words, code, [name for name in {HEAVY} if name in sys.modules]]))
+"""
+
+
+def refusal(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The one line on stderr, without "error: ", that is all that these words get."""
+    assert main.main(words) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: [^\n\r]+\n", err), err
+    return err[len("error: ") : -1]
+
+
+def empty_model(folder: Path) -> Path:
+    """A folder with all of the pocket's files, whose weights are empty."""
+    shutil.copytree(POCKET, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for weights in POCKET.rglob("*.safetensors"):
+        (folder / weights.relative_to(POCKET)).touch()
+    return folder
+
+
+# ---- Bad input ----
+
+
+@pytest.mark.parametrize(("words", "line"), BAD.values(), ids=BAD)
+def test_bad_input_gets_one_line_and_code_2(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(words, capsys) == line
+
+
+def test_a_choice_that_is_none_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal([PAINT, "--preview", "photo"], capsys)
+    assert re.fullmatch("argument --preview: .*'photo'.*vae.*linear.*", line)
+
+
+def test_a_flag_of_two_lines_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--anneal" in refusal([PAINT, "--anneal\ning"], capsys)
+
+
+def test_bad_input_is_refused_without_importing_anything_heavy() -> None:
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=REPOSITORY,
+        input=json.dumps([words for words, _ in BAD.values()]),
+        capture_output=True,
+        text=True,
+    )
+    found = [json.loads(line) for line in probe.stdout.splitlines()]
+    assert len(found) == len(BAD), probe.stderr
+    assert [answer for answer in found if answer[1:] != [2, []]] == []
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_model_folder_that_lacks_a_part_is_refused_by_its_name(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = empty_model(tmp_path / "painter")
+    (folder / part).unlink()
+    line = refusal([PAINT, "--model", str(folder)], capsys)
+    assert line == f"{MODEL} {str(folder)!r} lacks {part}"
+
+
+def test_a_model_folder_names_all_that_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = empty_model(tmp_path / "painter")
+    shutil.rmtree(folder / "vae")
+    line = refusal([MEASURE, "--model", str(folder)], capsys)
+    lacks = "lacks vae/config.json, vae/diffusion_pytorch_model.safetensors"
+    assert line == f"{MODEL} {str(folder)!r} {lacks}"
+
+
+def test_an_output_folder_inside_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.touch()
+    line = refusal([PAINT, "--output", str(file / "runs")], capsys)
+    assert line == f"the output folder must be a folder: {file / 'runs'} ({file} is not one)"
+
+
+def test_an_output_folder_that_the_disk_refuses_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("x" * 300)  # longer than a name may be on any file system in use
+    assert refusal([PAINT, "--output", str(folder)], capsys).startswith(
+        f"the output folder must be writable: {folder} ("
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
+def test_an_output_folder_without_permission_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path.chmod(0o500)
+    reason = os.strerror(errno.EACCES)
+    line = refusal([PAINT, "--output", str(tmp_path)], capsys)
+    tmp_path.chmod(0o700)
+    assert line == f"the output folder must be writable: {tmp_path} ({reason})"
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["--device", "cuda:99"], r"--device must be present \(.*cpu\), got 'cuda:99'"),
+        (["--device", "abacus"], r"--device must be present \(.*cpu\), got 'abacus'"),
+        (["--dtype", "fp8"], "--dtype must be one of fp16, bf16, fp32, got 'fp8'"),
+        (
+            ["--device", "cpu", "--dtype", "fp16"],
+            "--dtype must be bf16 or fp32 on the cpu, got 'fp16'",
+        ),
+        (["--offload", "disk"], "--offload must be one of model, sequential, got 'disk'"),
+        (
+            ["--device", "cpu", "--offload", "model"],
+            "--offload needs a GPU, but this run is on the cpu, got 'model'",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_a_machine_that_is_not_there_is_refused_before_weights_load(
+    words: list[str], pattern: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = empty_model(tmp_path / "broken")  # loading it would be another error, with code 1
+    assert re.fullmatch(pattern, refusal([PAINT, "--model", str(broken), *words], capsys))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "[]", '{"model": "pocket"}', '{"arguments": []}', '{"arguments": {"k": null}}'],
+    ids=str,
+)
+@pytest.mark.parametrize("flag", ["--repeat", "--resume"])
+def test_what_is_no_run_can_neither_be_repeated_nor_resumed(
+    flag: str, content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run.json"
+    if content is not None:
+        run.write_text(content, encoding="utf-8")
+    refusal([MEASURE, flag, str(run if flag == "--repeat" else tmp_path)], capsys)
+
+
+def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_path: Path) -> None:
+    # 30 words fit beside the marks of start and end; each prompt does, and the joined one does not.
+    prompts = ["a black dog " * 5, "a red car " * 4 + "a blue bird"]
+    words = [PAINT, *FEW, "--prompts", *prompts, "--joiner", " next to ", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "main.py", *words], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    warning = "the text encoder reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
+    assert (done.returncode, done.stderr) == (0, f"warning: {warning}\n")
+
+
+# ---- Speed, help and documents ----
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--help"], 0), (["--version"], 0), ([PAINT, "--steps", "0"], 2), (["--annealing"], 2)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_a_bad_argument_answer_in_under_300_milliseconds(
+    words: list[str], code: int
+) -> None:
+    """Processor time, so that other programs on the machine do not count; the best of five."""
+    spent = []
+    for _ in range(5):
+        before, begun = os.times(), time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "main.py", *words], cwd=REPOSITORY, capture_output=True
+        )
+        after, seconds = os.times(), time.perf_counter() - begun
+        assert done.returncode == code
+        if os.name != "nt":  # Windows does not tell
+            seconds = sum(after[2:4]) - sum(before[2:4])
+        spent.append(seconds)
+    assert min(spent) < 0.3
+
+
+def test_help_and_version_need_no_package() -> None:
+    """On a fresh machine, with the standard library alone (-S), they answer all the same."""
+    python = [sys.executable, "-S", "main.py"]
+    version = subprocess.run([*python, "--version"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (version.stdout, version.stderr) == (f"{VERSION}\n", "")
+    helped = subprocess.run([*python, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (helped.stdout, helped.stderr) == (main.parser().format_help(), "")
+
+
+def flag_table(name: str) -> dict[str, str]:
+    """Flag -> default, from the table of flags of a README; flags of one row share its default."""
+    if not (REPOSITORY / name).exists():
+        pytest.skip(f"there is no {name} yet")
+    text = (REPOSITORY / name).read_text(encoding="utf-8").replace(r"\|", "or")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `--")]
+    flags = [(re.findall(r"--\w+", flag), default.strip()) for flag, default, _ in rows]
+    return {name: default for names, default in flags for name in names}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_help_and_readme_name_the_same_flags(name: str) -> None:
+    assert set(flag_table(name)) == set(re.findall(r"--\w+", main.parser().format_help()))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_parser_has_the_flags_of_readme(name: str) -> None:
+    known = {flag for action in main.parser()._actions for flag in action.option_strings}
+    assert set(flag_table(name)) - INIT_ALONE == known - {"-h"}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_defaults_of_readme_are_the_parsers(name: str) -> None:
+    table = flag_table(name)
+    for action in main.parser()._actions:
+        flag, default = action.option_strings[-1], action.default
+        if flag == "--model":
+            assert table[flag] == loaders.STABLE_DIFFUSION
+        elif flag == "--clipseg":
+            assert table[flag] == loaders.CLIPSEG
+        elif default is False or default == "":
+            assert table[flag] == "", flag
+        elif action.dest not in ("help", "version") and default is not None:
+            values = default if isinstance(default, list) else [default]
+            kind = action.type if callable(action.type) else str
+            assert [kind(word) for word in shlex.split(table[flag])] == values, flag
+
+
+# ---- Failures at run time ----
+
+
+def test_an_unexpected_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(request: object) -> None:
+        raise LookupError("no such colour\nsecond line")
+
+    monkeypatch.setattr(inference, "run", fail)
+    line = refusal([PAINT], capsys, code=1)
+    assert line == "unexpected LookupError: no such colour (--debug shows where)"
+
+    assert main.main([PAINT, "--debug"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert "in fail\n" in err
+    assert err.endswith(f"\nerror: {line}\n")
+
+
+def test_debug_shows_a_traceback_with_bad_input_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([PAINT, "--steps", "0", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.endswith("\nerror: steps must be a whole number of at least 1, got 0\n")
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.0001], ids=["half the weights", "half the header"])
+def test_corrupt_weights_are_one_line(
+    kept: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "painter"
+    shutil.copytree(POCKET, folder)
+    whole = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(whole[: int(len(whole) * kept)])
+    line = refusal(
+        [PAINT, "--model", str(folder), "--clipseg", "pocket", "--output", str(tmp_path / "runs")],
+        capsys,
+        code=1,
+    )
+    assert line.startswith("weights of painter are corrupt or do not fit: ")
+    assert line.endswith("; put a sound copy in its place")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_can_not_be_had_names_what_would_work(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = refusal([PAINT, "--model", "nobody/nothing", "--offline"], capsys, code=1)
+    assert line == (
+        "can not download nobody/nothing: it is not complete in the cache, and offline nothing is "
+        "fetched; what works without it: --model pocket, a diffusers folder, a .safetensors file"
+    )
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill_disk_after(2, monkeypatch)
+    line = refusal([PAINT, *FEW, "--output", str(tmp_path)], capsys, code=1)
+    folder = next(tmp_path.iterdir())
+    written = sorted(file.name for file in folder.iterdir())
+    assert written == ["interrupted.png", "tempered.png"]
+    failed = folder / "classes.png"
+    assert line == f"disk full: can not write {failed}; the files before it are kept"
+
+
+def fill_disk_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full when more than this number of files have been written."""
+    sync, done = os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal done
+        if done == writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += 1
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_file_that_the_system_cuts_off_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        line = refusal([PAINT, *FEW, "--output", str(tmp_path)], capsys, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    folder = next(tmp_path.iterdir())
+    reason = os.strerror(errno.EFBIG)
+    assert (
+        line == f"can not write {folder / 'tempered.png'} ({reason}); the files before it are kept"
+    )
+    assert list(folder.iterdir()) == []
+
+
+OUT_OF_MEMORY = (
+    "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
+    "--dtype bf16 on a CPU, a smaller --height and --width"
+)
+
+
+def test_more_pixels_than_memory_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ["--height", "800000000", "--width", "800000000"]  # 160 petabytes of latents
+    words = [PAINT, *FEW, *size, "--output", str(tmp_path)]
+    assert refusal(words, capsys, code=1) == OUT_OF_MEMORY
+
+
+def test_a_gpu_out_of_memory_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ..."
+        )
+
+    monkeypatch.setattr(tempering.Painter, "predict", predict)
+    words = [PAINT, *FEW, "--output", str(tmp_path)]
+    assert refusal(words, capsys, code=1) == OUT_OF_MEMORY
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_one_line_and_code_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempering.Painter, "predict", predict)
+    assert main.main([PAINT, *FEW, "--output", str(tmp_path)]) == 130
+    assert tuple(capsys.readouterr()) == ("", "interrupted\n")
+    assert list(tmp_path.iterdir()) == []
