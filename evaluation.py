@@ -7,9 +7,12 @@ and writes the summary.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 import outputs
+from errors import InputError
+from loaders import pick_device
 from metrics import PictureMetrics, picture_metrics, scatter, summarise, summary_table
 from session import Session, open_session, say
 from settings import Request
@@ -29,26 +34,45 @@ Row = dict[str, Any]
 
 def run(request: Request) -> None:
     """Run the cycles that are not yet on disk, then the summary; both go to stdout too."""
-    state = PartialState() if "WORLD_SIZE" in os.environ else None
+    state = shared_state(request)
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     session = open_session(request, device=str(state.device) if state else None)
     folder = agree_on_folder(request, state)
-    if rank == 0:
-        outputs.save_json(folder / "run.json", session.facts())
+    facts = {**session.facts(), **({"notice": notice(folder)} if request.resume else {})}
     seeds = range(request.seed, request.seed + request.cycles)
-    done = {row["seed"] for row in rows(folder)}
-    mine = [seed for seed in seeds[rank::processes] if seed not in done]
+    done = finished_cycles(folder, session)
+    if rank == 0:
+        outputs.save_json(folder / "run.json", facts)
     try:
-        for row in cycles(session, folder, mine):
+        for row in cycles(session, folder, [s for s in seeds[rank::processes] if s not in done]):
             outputs.append_json_line(folder / f"cycles{f'-{rank}' if rank else ''}.jsonl", row)
-            print(cycle_line(row))
-    except KeyboardInterrupt:
-        kept = len(rows(folder))
-        say(f"kept {kept} of {len(seeds)} cycles; go on with: python main.py --resume {folder}")
+            tqdm.write(cycle_line(row))
+    except BaseException:
+        kept = len(seeds_done(seeds, finished_cycles(folder, session)))
+        say(f"kept {kept} of {len(seeds)} cycles; go on with: {command('--resume', folder)}")
         raise
-    finished = [row for row in rows(folder) if row["seed"] in seeds]
+    finished = seeds_done(seeds, finished_cycles(folder, session))
     if len(finished) == len(seeds):
-        summarise_run(session, folder, finished)
+        summarise_run(session, folder, finished, facts)
+
+
+def command(flag: str, folder: Path) -> str:
+    """A command line that can be pasted into the shell of this system."""
+    words = ["python", "init.py", flag, str(folder)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def shared_state(request: Request) -> PartialState | None:
+    """accelerate's state where a launcher started several processes."""
+    if "WORLD_SIZE" not in os.environ:
+        return None
+    # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
+    return PartialState(cpu=pick_device(request.models.device).type == "cpu")
+
+
+def notice(folder: Path) -> object:
+    """What stood in for what when the run in `folder` began."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("notice")
 
 
 def agree_on_folder(request: Request, state: PartialState | None) -> Path:
@@ -65,10 +89,23 @@ def agree_on_folder(request: Request, state: PartialState | None) -> Path:
     return agreed[0]
 
 
-def rows(folder: Path) -> list[Row]:
-    """The finished cycles of a run folder, by seed."""
-    found = [row for file in folder.glob("cycles*.jsonl") for row in outputs.read_json_lines(file)]
-    return sorted(found, key=lambda row: row["seed"])
+def finished_cycles(folder: Path, session: Session) -> dict[int, Row]:
+    """The cycles on disk by seed. Raises InputError where another model or precision made one."""
+    found: dict[int, Row] = {}
+    for file in folder.glob("cycles*.jsonl"):
+        for row in outputs.read_json_lines(file):
+            made_by, this_run = (row.get("model"), row.get("dtype")), (session.model, session.dtype)
+            if made_by != this_run:
+                raise InputError(
+                    f"all cycles of {folder} must come from one model in one dtype; there is "
+                    f"{' in '.join(map(str, made_by))}, this process has {' in '.join(this_run)}"
+                )
+            found[row["seed"]] = row
+    return found
+
+
+def seeds_done(seeds: Iterable[int], done: Mapping[int, Row]) -> list[Row]:
+    return [done[seed] for seed in seeds if seed in done]
 
 
 def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
@@ -82,11 +119,13 @@ def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
             pictures = {"plain": result.plain, "tempered": result.image}
             views = {name: session.painter.look([image])[0] for name, image in pictures.items()}
             for name, view in views.items():
-                text = session.parameters(view.image, seed, tempered=name == "tempered")
+                text = session.parameters(view.image, seed, name)
                 outputs.save_image(folder / f"{seed}-{name}.png", view.image, text)
             yield {
                 "cycle": seed - session.request.seed + 1,
                 "seed": seed,
+                "model": session.model,
+                "dtype": session.dtype,
                 "unet_calls": result.unet_calls,
                 "seconds": round(time.perf_counter() - begun, 3),
                 **{name: figures(view) for name, view in views.items()},
@@ -98,7 +137,7 @@ def figures(view: View) -> Row:
     return {**asdict(picture_metrics(matrix)), "class_matrix": matrix.tolist()}
 
 
-def summarise_run(session: Session, folder: Path, finished: list[Row]) -> None:
+def summarise_run(session: Session, folder: Path, finished: list[Row], facts: Row) -> None:
     """Write and print the summary of all cycles."""
     plain, tempered = ([metrics(row[name]) for row in finished] for name in ("plain", "tempered"))
     summary = summarise(plain, tempered)
@@ -108,7 +147,7 @@ def summarise_run(session: Session, folder: Path, finished: list[Row]) -> None:
             "cycles": len(finished),
             "unet_calls": sum(row["unet_calls"] for row in finished),
             "metrics": summary,
-            **session.facts(),
+            **facts,
         },
     )
     outputs.save_csv(

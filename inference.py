@@ -26,14 +26,21 @@ def run(request: Request) -> None:
     session = open_session(request)
     loaded = time.perf_counter()
     result = paint(session)
-    painted = time.perf_counter()
-    views = {"tempered": session.painter.look([result.image])[0]}
-    if result.plain:
-        views = {"plain": session.painter.look([result.plain])[0], **views}
-    seconds = {"load": loaded - begun, "paint": painted - loaded}
+    seconds = {"load": loaded - begun, "paint": time.perf_counter() - loaded}
 
+    # The pictures first, so that they are there whatever befalls the rest.
     folder = outputs.new_run_folder(request.output, request.prompt, request.begun)
-    save(folder, session, result, views, seconds)
+    pictures = {"plain": result.plain, "tempered": result.image}
+    finished = {name: picture for name, picture in pictures.items() if picture}
+    save_pictures(folder, session, result, finished)
+    views = {name: session.painter.look([picture])[0] for name, picture in finished.items()}
+    seen = {
+        "interrupted": result.interrupted.image,
+        "classes": class_map(result.interrupted),
+        "sheet": draw_sheet(session, result, views),
+    }
+    save_pictures(folder, session, result, seen)
+    outputs.save_json(folder / "run.json", describe(session, result, views, seconds))
     for name, view in views.items():
         print(f"{name:9}{figures(view)}")
     print(folder)
@@ -49,21 +56,13 @@ def paint(session: Session) -> Result:
         ]
 
 
-def save(
-    folder: Path,
-    session: Session,
-    result: Result,
-    views: dict[str, View],
-    seconds: dict[str, float],
+def save_pictures(
+    folder: Path, session: Session, result: Result, pictures: dict[str, Image]
 ) -> None:
-    """Write the pictures first, so that they are there whatever befalls the rest."""
-    for name, view in views.items():
-        text = session.parameters(view.image, result.seed, tempered=name == "tempered")
-        outputs.save_image(folder / f"{name}.png", view.image, text)
-    outputs.save_image(folder / "interrupted.png", result.interrupted.image)
-    outputs.save_image(folder / "classes.png", class_map(result.interrupted))
-    outputs.save_image(folder / "sheet.png", draw_sheet(session, result, views))
-    outputs.save_json(folder / "run.json", describe(session, result, views, seconds))
+    """Write each picture under its name, with the parameters that made it."""
+    for name, picture in pictures.items():
+        text = session.parameters(result.image, result.seed, name)
+        outputs.save_image(folder / f"{name}.png", picture, text)
 
 
 def class_map(view: View) -> Image:
@@ -77,11 +76,13 @@ def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Imag
     """All pictures of the run side by side with their figures."""
     request = session.request
     stop = f"after step {request.settings.stoptime} of {request.settings.steps}"
-    seen = [f"u = {value:.2f}" for value in result.interrupted.uncertainty.tolist()]
+    uncertain = ", ".join(f"{value:.2f}" for value in result.interrupted.uncertainty.tolist())
     panels = {
-        "interrupted": Panel("interrupted", result.interrupted.image, (stop,)),
+        "interrupted": Panel(
+            "interrupted", result.interrupted.image, (figures(result.interrupted), stop)
+        ),
         "classes": Panel(
-            "classes seen", class_map(result.interrupted), ("uncertainty " + ", ".join(seen),)
+            "classes seen", class_map(result.interrupted), (f"uncertainty {uncertain}",)
         ),
         **{name: Panel(name, view.image, (figures(view),)) for name, view in views.items()},
     }

@@ -83,8 +83,9 @@ def main() -> int:
         needed = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
         say(f"error: Python {needed} is needed, this is {found}: start init.py with another one")
         return 2
-    if "--update" in flags and not set(flags).isdisjoint(FLOWS):
-        say(f"error: --update runs alone, without {' or '.join(FLOWS)}")
+    others = [flag for flag in (*FLOWS, "--test") if flag in flags]
+    if "--update" in flags and others:
+        say(f"error: --update runs alone, without {' or '.join(others)}")
         return 2
     return guarded(lambda: start(flags))
 

@@ -52,7 +52,7 @@ _CONTACT_SECONDS = 10  # how long the Hub may take to answer for the first time
 # Compiled where they are used: importing this module is part of every refusal of bad input.
 _HUB_ID = r"(?a:(?!.*(--|\.\.))(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?)"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-_OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed"
+_OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
 _BUNDLED = Path(__file__).parent / "pocket" / "weights"
 _NOTICE = """\
 {rule}
@@ -203,6 +203,8 @@ def load_pipeline(
         if latents != taken:
             raise ValueError(f"the VAE's latents have {latents} channels, the U-Net takes {taken}")
         set_scheduler(pipe, scheduler)
+    # Not under _loading: what a device refuses is no fault of the weights.
+    with memory_errors():
         if offload is None:
             return pipe.to(target)
         pipe.vae.enable_slicing()
@@ -238,14 +240,19 @@ def load_clipseg(
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"there is no {', '.join(sorted(report['missing_keys']))}")
         processor = transformers.CLIPSegProcessor.from_pretrained(source, **options)
+    with memory_errors():
         return ClipSeg(clipseg.to(target, _precision(source, dtype, target)).eval(), processor)
 
 
 def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
     """Give the pipeline the scheduler of that name in SCHEDULERS, with its model's own schedule."""
     class_name, settings = SCHEDULERS[scheduler_name(name)]
+    config = pipe.scheduler.config
+    # diffusers drops what another scheduler's config holds by default only: then ours counts.
+    own = config.keys() - set(config.get("_use_default_values", ()))
+    missing = {key: value for key, value in settings.items() if key not in own}
     scheduler_class = getattr(import_module("diffusers"), class_name)
-    pipe.scheduler = scheduler_class.from_config({**settings, **pipe.scheduler.config})
+    pipe.scheduler = scheduler_class.from_config(config, **missing)
 
 
 def resolve(
@@ -364,11 +371,6 @@ def _unfit(kind: _Kind, has: Callable[[str], bool], found: str | None) -> str | 
         reason = " (.bin weights are not loaded: they can run code)" if has_pickles else ""
         return f"lacks {', '.join(lacks)}{reason}"
     return f"is a {found}, not a {kind.marker[2]}" if found not in (None, kind.marker[2]) else None
-
-
-def check_device(text: str) -> None:
-    """Raise InputError, with the devices that are present, where `text` is none. Imports torch."""
-    pick_device(text)
 
 
 def pick_device(text: str | None = None) -> torch.device:
@@ -525,11 +527,14 @@ def _loading(source: Path) -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
     from safetensors import SafetensorError
 
+    _quiet()
+    # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
+    # weights either.
+    import_module("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.
             warnings.simplefilter("ignore", FutureWarning)
-            _quiet()
             yield import_module("diffusers")
     except TemperingError:
         raise

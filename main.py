@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be valid.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import traceback
@@ -21,6 +22,7 @@ from outputs import check_writable
 from settings import MAX_SEED, PREVIEWS, VERSION, Models, Request, Tempering
 
 FLOWS = ("tempered_inference", "evaluate", "update")
+MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
 PROMPTS = ("a black dog", "a toy robot")
 # What a flag says about this call, not about the picture: not kept in run.json.
 OF_THE_CALL = ("debug", "output", "repeat", "resume", "update")
@@ -43,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{' '.join(message.split())} (see --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,15 +79,15 @@ def run(words: Sequence[str]) -> None:
 
         sys.exit(init.update())
     request = to_request(args)
+    try:
+        flow_module = importlib.import_module(MODULES[flow])
+    except ModuleNotFoundError as error:
+        raise TemperingError(
+            f"{error.name} is not installed in this Python: start with `python init.py` and the "
+            "same flags, or activate .venv"
+        ) from error
     with loaders.memory_errors():
-        if flow == "evaluate":
-            import evaluation
-
-            evaluation.run(request)
-        else:
-            import inference
-
-            inference.run(request)
+        flow_module.run(request)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -96,6 +98,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not (args.repeat or args.resume):
         return args
     stored = stored_arguments(args.repeat or args.resume / "run.json")
+    if args.resume and not (stored.get("evaluate") and not args.tempered_inference):
+        raise InputError(f"--resume must name the folder of an evaluation, got {args.resume}")
     if any(getattr(args, flow) for flow in FLOWS):
         stored = {name: value for name, value in stored.items() if name not in FLOWS}
     repeated = parser()
@@ -115,10 +119,10 @@ def stored_arguments(path: Path) -> dict[str, Any]:
     """The flags of an earlier run, from its run.json."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = vars(parser().parse_args([]))
+        return {name: stored[name] for name in stored.keys() & known}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"needs the run.json of an earlier run, got {path} ({error})") from error
-    known = vars(parser().parse_args([]))
-    return {name: value for name, value in stored.items() if name in known}
 
 
 def chosen_flow(args: argparse.Namespace) -> str:
@@ -143,6 +147,7 @@ def to_request(args: argparse.Namespace) -> Request:
         begun=datetime.now(),
         arguments={name: value for name, value in values.items() if name not in OF_THE_CALL},
         compare=args.compare,
+        evaluate=args.evaluate,
         cycles=args.cycles,
         resume=args.resume,
     )
@@ -197,7 +202,7 @@ def parser() -> Parser:
         "--negative_prompt", default="", metavar="TEXT", help="what to keep out of the picture"
     )
     what.add_argument(
-        "--seed", type=int, default=2024, help=f"0..{MAX_SEED}; same picture on every device "
+        "--seed", type=int, default=2024, help=f"0..{MAX_SEED}; same start on every device "
         "(default: %(default)s)",
     )  # fmt: skip
     what.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
@@ -241,14 +246,19 @@ def parser() -> Parser:
         help=f"{', '.join(loaders.SCHEDULERS)} (default: %(default)s)",
     )  # fmt: skip
     models.add_argument(
-        "--offline", action="store_true", help="use what is in the cache, never the network"
+        "--offline",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="use what is in the cache, never the network",
     )
 
     machine = top.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, mps, xpu or cpu (default: the best one present)")
     machine.add_argument("--dtype", help="fp16, bf16 or fp32 (default: what the device does best)")
     machine.add_argument(
-        "--offload", help="model or sequential: keep in GPU memory only what runs; slower"
+        "--offload",
+        help="model or sequential: keep only that part of Stable Diffusion in GPU memory which "
+        "runs; slower",
     )
 
     results = top.add_argument_group("results")
@@ -257,7 +267,10 @@ def parser() -> Parser:
         help="a folder a run is made in it (default: %(default)s)",
     )  # fmt: skip
     results.add_argument(
-        "--compare", action="store_true", help="make the plain picture of the same seed too"
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="make the plain picture of the same seed too",
     )
     results.add_argument(
         "--cycles", type=int, default=4, metavar="N",

@@ -64,7 +64,9 @@ def check_writable(folder: Path) -> None:
     bits alone know neither read-only mounts nor Windows.
     """
     absolute = folder.absolute()
-    nearest = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
+    ancestors = (absolute, *absolute.parents)
+    # Even the root may be missing: a drive letter without a drive.
+    nearest = next((path for path in ancestors if os.path.lexists(path)), absolute.parents[-1])
     if not nearest.is_dir():
         raise InputError(
             f"the output folder must be a folder: {_line(folder)} ({_line(nearest)} is not one)"
@@ -197,26 +199,34 @@ def save_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 def append_json_line(path: Path, value: object) -> None:
     """Append one line of JSON, converted as by `save_json`; on return it is on the disk.
 
-    Begins on a new line where a killed run left half a line. Raises ResourceError.
+    Half a line, left by a killed run, is cut off first. Raises ResourceError.
     """
     line = _utf8(_json(_plain(value)) + "\n")
-    with _disk_errors(path, "the lines before it are kept"), path.open("a+b") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    with _disk_errors(path, "the lines before it are kept"):
+        start = _unfinished(path)
+        with path.open("ab") as file:
+            if start is not None:
+                file.truncate(start)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _unfinished(path: Path) -> int | None:
+    """Where half a line begins at the end of a JSON-lines file, None where there is none."""
+    data = path.read_bytes() if path.is_file() else b""
+    last = data[data.rfind(b"\n") + 1 :]
+    return len(data) - len(last) if last else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, oldest first; none where there is no file.
 
-    Lines cut off by a kill or a full disk, the last one or one that was appended after, are
-    skipped: half an object never parses. Raises ResourceError.
+    A last line without its end was cut off by a kill or a full disk: it is skipped, and the next
+    `append_json_line` replaces it. So is a line that is no object. Raises ResourceError.
     """
     with _disk_errors(path, "nothing was changed", "read"):
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     found = []
     for line in lines:
         with suppress(ValueError):

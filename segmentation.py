@@ -135,26 +135,31 @@ def uncertainty(matrix: Tensor) -> Tensor:
     return -(p * (1 - q)).clamp(min=SMALLEST).log()
 
 
-def linear_map(vae: Any) -> Tensor:
-    """The linear map (5, 3) from a VAE's scaled latents and 1 to RGB in -1..1.
+def linear_map(vae: Any, device: torch.device | str) -> Tensor:
+    """The linear map (channels + 1, 3) from a VAE's scaled latents and 1 to RGB in -1..1.
 
-    Taken from `LINEAR_MAPS` where the VAE's family is known, else fitted.
+    Taken from `LINEAR_MAPS` where the VAE's family is known, else fitted on `device`.
     """
-    known = LINEAR_MAPS.get(vae.config.scaling_factor)
-    return fit_linear_map(vae) if known is None else torch.tensor(known)
+    config = vae.config
+    # Every VAE of these families has 4 channels and 4 levels; the factor then tells which it is.
+    family = config.scaling_factor, config.latent_channels, len(config.block_out_channels)
+    known = LINEAR_MAPS.get(family[0]) if family[1:] == (4, 4) else None
+    return fit_linear_map(vae, device) if known is None else torch.tensor(known)
 
 
 @torch.no_grad()
-def fit_linear_map(vae: Any, pictures: int = 16, size: int = 64, seed: int = 0) -> Tensor:
+def fit_linear_map(
+    vae: Any, device: torch.device | str, pictures: int = 16, size: int = 64, seed: int = 0
+) -> Tensor:
     """Least-squares map (channels + 1, 3) from scaled latents and 1 to RGB in -1..1, float32.
 
     The data are pictures of random colour patches, encoded by `vae`; colour is all that the map
-    can carry.
+    can carry. `device` is where the VAE computes, which under offload is not where it is kept.
     """
     rng = torch.Generator().manual_seed(seed)
     patches = torch.rand(pictures, 3, 8, 8, generator=rng) * 2 - 1
     rgb = torch.nn.functional.interpolate(patches, size=(size, size), mode="bilinear")
-    encoded = vae.encode(rgb.to(vae.device, vae.dtype)).latent_dist.mean
+    encoded = vae.encode(rgb.to(device, vae.dtype)).latent_dist.mean
     latents = encoded.float().cpu() * vae.config.scaling_factor  # (B, channels, h, w)
     small = torch.nn.functional.interpolate(rgb, size=latents.shape[-2:], mode="area")
     # In float64: a VAE whose channels repeat each other leaves float32 without a stable solution.

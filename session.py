@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import outputs
 from loaders import (
+    POCKET,
     SAMPLER_NAMES,
     clipseg_for,
     load_clipseg,
@@ -45,8 +46,16 @@ class Session:
     def pipe(self) -> StableDiffusionPipeline:
         return self.painter.pipe
 
-    def parameters(self, image: Image, seed: int, *, tempered: bool) -> str:
-        """AUTOMATIC1111's `parameters` text of one picture of this run."""
+    @property
+    def dtype(self) -> str:
+        return str(self.pipe.unet.dtype).removeprefix("torch.")
+
+    def parameters(self, image: Image, seed: int, name: str) -> str:
+        """AUTOMATIC1111's `parameters` text of one picture of this run.
+
+        `name` is "plain", "tempered", or what else it shows of the way to the tempered picture
+        `image`.
+        """
         settings = self.request.settings
         method = {
             "Tempering stoptime": settings.stoptime,
@@ -64,23 +73,30 @@ class Session:
             width=image.width,
             height=image.height,
             model=self.model,
-            extra={**(method if tempered else {}), "Version": f"Tempering {VERSION}"},
+            extra={
+                **(method if name != "plain" else {}),
+                "Tempering view": name if name not in ("plain", "tempered") else None,
+                "Version": f"Tempering {VERSION}",
+            },
         )
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of every run: the flags to repeat it, models, device, versions."""
+        models = self.request.models
         return {
             "arguments": {
                 **self.request.arguments,
-                # A repetition uses the model that ran, not the one that could not be had.
-                **({"model": self.model, "clipseg": self.clipseg} if self.notice else {}),
+                # A repetition uses what ran, wherever it is started.
+                "model": lasting(models.model) or self.model,
+                "clipseg": lasting(models.clipseg) or self.clipseg,
+                "vae": lasting(models.vae),
             },
             "notice": self.notice,
             "model": self.model,
             "clipseg": self.clipseg,
             "scheduler": type(self.pipe.scheduler).__name__,
             "device": str(self.painter.device),
-            "dtype": str(self.pipe.unet.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
             "started": self.request.begun.isoformat(timespec="seconds"),
             "versions": {
                 "tempering": VERSION,
@@ -117,28 +133,40 @@ def open_session(request: Request, device: str | None = None) -> Session:
     clipseg = load_clipseg(
         clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
     )
-    warn_of_cuts(pipe.tokenizer, [request.prompt, request.settings.negative_prompt])
-    warn_of_cuts(clipseg.processor.tokenizer, request.prompts)
+    texts = [request.prompt, request.settings.negative_prompt]
+    warn_of_cuts("Stable Diffusion", pipe.tokenizer, texts)
+    warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, request.prompts)
     painter = Painter(pipe, clipseg, [request.prompts], request.settings)
     return Session(
         request=request,
         painter=painter,
         model=model_name(pipe),
-        # No folder of this machine goes into the results.
-        clipseg=Path(clipseg_name).name if Path(clipseg_name).exists() else clipseg_name,
+        clipseg=shown(clipseg_name),
         notice="\n".join(notices) or None,
     )
 
 
-def warn_of_cuts(tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Say which words of `prompts` are over the text encoder's length and have no effect."""
+def lasting(name: str | None) -> str | None:
+    """A model's name that still means the same from another working directory."""
+    path = Path(name or "").expanduser()
+    return str(path.absolute()) if name and name != POCKET and path.exists() else name
+
+
+def shown(name: str) -> str:
+    """What to call a model in titles and figures: the last part of a path."""
+    path = Path(name).expanduser()
+    return path.name if name != POCKET and path.exists() else name
+
+
+def warn_of_cuts(model: str, tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Say which words of `prompts` are over the length that `model` reads and have no effect."""
     limit = tokenizer.model_max_length
     for prompt in prompts:
         ids = tokenizer(prompt).input_ids
         if len(ids) > limit:
             cut = tokenizer.decode(ids[limit - 1 : -1])
             say(
-                f"warning: the text encoder reads {limit} tokens, this prompt has {len(ids)}; "
+                f"warning: {model} reads {limit} tokens, this prompt has {len(ids)}; "
                 f"without effect: {textwrap.shorten(cut, LONGEST_CUT)!r}"
             )
 

@@ -13,6 +13,7 @@ from errors import InputError
 VERSION = "0.1.0"
 # torch's CPU generator keeps 32 bits of a seed: larger ones would repeat smaller ones' pictures.
 MAX_SEED = 2**32 - 1
+MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
 PREVIEWS = ("vae", "linear")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
@@ -22,7 +23,7 @@ SIZE_FACTOR = 8
 class Tempering:
     """How a picture is denoised and tempered. Raises InputError for a value out of its range."""
 
-    steps: int = 20  # denoising steps of a plain picture, >= 1
+    steps: int = 20  # denoising steps of a plain picture, 1..1000
     stoptime: int = 15  # interrupt after this many steps, 1..steps
     backsteps: int = 5  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
@@ -36,7 +37,7 @@ class Tempering:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1, None)
+        _whole("steps", self.steps, 1, MAX_STEPS, " (the steps of the model's own schedule)")
         _whole("stoptime", self.stoptime, 1, self.steps, " (the number of steps)")
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
@@ -75,13 +76,15 @@ class Request:
     begun: datetime
     arguments: Mapping[str, object]  # the flags, as a later run repeats them
     compare: bool = False
+    evaluate: bool = False
     cycles: int = 1
     resume: Path | None = None
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
-        _whole("seed", self.seed, 0, MAX_SEED)
         _whole("cycles", self.cycles, 1, None)
+        more = self.cycles - 1 if self.evaluate else 0
+        _whole("seed", self.seed, 0, MAX_SEED - more, f" (with {more} seeds after it)" * (more > 0))
 
     @property
     def prompt(self) -> str:
@@ -108,7 +111,8 @@ def _whole(name: str, value: int, low: int, high: int | None, what: str = "") ->
 
 
 def _real(name: str, value: float, low: float, high: float) -> None:
-    if not math.isfinite(value) or not low <= value <= high:
+    wrong_type = isinstance(value, bool) or not isinstance(value, (int, float))
+    if wrong_type or not math.isfinite(value) or not low <= value <= high:
         span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
         raise InputError(f"{name} must be a finite number {span}, got {value!r}")
 

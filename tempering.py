@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from errors import InputError, ModelError
 from segmentation import (
     NONE,
     ClipSeg,
@@ -202,6 +204,8 @@ class Painter:
         factor = self.pipe.vae_scale_factor
         height = self.settings.height or unet.sample_size * factor
         width = self.settings.width or unet.sample_size * factor
+        if height % factor or width % factor:
+            raise InputError(f"sizes must be multiples of {factor} pixels, got {width}x{height}")
         shape = (len(seeds), unet.in_channels, height // factor, width // factor)
         noise = self._noise(shape, branch.generators, self.contexts[0].dtype)
         branch.latents = noise * branch.scheduler.init_noise_sigma
@@ -246,14 +250,25 @@ class Painter:
         """Pictures of predicted clean latents, by the VAE or by the linear map."""
         if self.settings.preview == "vae":
             return self.decode(x0.to(self.contexts[0].dtype))
-        rgb = latents_to_rgb(x0, linear_map(self.pipe.vae))
+        rgb = latents_to_rgb(x0, self._linear_map)
         large = F.interpolate(rgb, scale_factor=self.pipe.vae_scale_factor, mode="bilinear")
         return self._pictures(large)
 
+    @cached_property
+    def _linear_map(self) -> Tensor:
+        return linear_map(self.pipe.vae, self.device)
+
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of clean latents, as diffusers' pipeline makes them."""
+        """Pictures of clean latents, as diffusers' pipeline makes them.
+
+        Raises ModelError for pixels that are not finite, as fp16 overflows give them.
+        """
         vae = self.pipe.vae
-        return self._pictures(vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0])
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        if not pixels.isfinite().all():
+            dtype = str(vae.dtype).removeprefix("torch.")
+            raise ModelError(f"the picture is not finite in {dtype}; --dtype fp32 or bf16 may help")
+        return self._pictures(pixels)
 
     def _pictures(self, pixels: Tensor) -> list[Image.Image]:
         normal = [True] * len(pixels)
@@ -267,6 +282,8 @@ class Painter:
 
     def _branch(self, step: int, generators: list[torch.Generator]) -> Branch:
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
+            raise InputError("PNDM must be used with skip_prk_steps=True, got False")
         scheduler.set_timesteps(self.settings.steps, device=self.device)
         extra = self.pipe.prepare_extra_step_kwargs(generators, eta=0.0)
         return Branch(scheduler, step, generators, extra)

@@ -28,7 +28,6 @@ from loaders import (
     SCHEDULERS,
     STABLE_DIFFUSION,
     check_clipseg,
-    check_device,
     check_model,
     check_vae,
     clipseg_for,
@@ -212,7 +211,7 @@ def test_single_files_are_known_by_their_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["tpu", "cuda:99", "cpu:1", "", "CPU", "cpu:-1"])
 def test_absent_device_is_named_with_the_present_ones(text: str) -> None:
     with pytest.raises(InputError) as raised:
-        check_device(text)
+        pick_device(text)
     present = re.fullmatch(r"--device must be present \((.*)\), got (.*)", str(raised.value))
     assert present is not None
     assert present[2] == repr(text)

@@ -284,7 +284,7 @@ def test_what_is_no_run_can_neither_be_repeated_nor_resumed(
     run = tmp_path / "run.json"
     if content is not None:
         run.write_text(content, encoding="utf-8")
-    refusal([MEASURE, flag, str(run if flag == "--repeat" else tmp_path)], capsys)
+    refusal([MEASURE, *FEW, flag, str(run if flag == "--repeat" else tmp_path)], capsys)
 
 
 def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_path: Path) -> None:
@@ -294,8 +294,16 @@ def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_pa
     done = subprocess.run(
         [sys.executable, "main.py", *words], cwd=REPOSITORY, capture_output=True, text=True
     )
-    warning = "the text encoder reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
+    warning = "Stable Diffusion reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
     assert (done.returncode, done.stderr) == (0, f"warning: {warning}\n")
+
+
+def test_a_python_without_the_libraries_says_how_to_start(tmp_path: Path) -> None:
+    words = [sys.executable, "-S", "main.py", PAINT, "--output", str(tmp_path)]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    line = r"error: \w+ is not installed in this Python: start with `python init.py` and the same "
+    assert re.fullmatch(line + r"flags, or activate .venv\n", done.stderr)
+    assert done.returncode == 1
 
 
 # ---- Speed, help and documents ----

@@ -321,11 +321,12 @@ def test_every_place_where_a_kill_can_cut_the_last_line(tmp_path: Path) -> None:
         assert outputs.read_json_lines(path) == [{"a": "1"}, {"c": 3}]
 
 
-def test_a_whole_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:
+def test_half_a_line_is_cut_off_before_the_next_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "cycles.jsonl"
-    path.write_bytes(b'{"a": 1}')
-    outputs.append_json_line(path, {"b": 2})
-    assert path.read_bytes() == b'{"a": 1}\n{"b": 2}\n'
+    path.write_bytes(b'{"a": 1}\n{"b": 2}')  # only its end is missing: it is not read either
+    assert outputs.read_json_lines(path) == [{"a": 1}]
+    outputs.append_json_line(path, {"c": 3})
+    assert path.read_bytes() == b'{"a": 1}\n{"c": 3}\n'
 
 
 def test_lines_that_are_no_objects_are_skipped(tmp_path: Path) -> None:

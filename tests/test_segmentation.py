@@ -100,6 +100,8 @@ class FakeVae:
 
     class config:  # noqa: N801 - the name that diffusers gives it
         scaling_factor = 0.5
+        latent_channels = 4
+        block_out_channels = (128, 256, 512, 512)
 
     class latent_dist:  # noqa: N801
         mean: torch.Tensor
@@ -112,7 +114,7 @@ class FakeVae:
 
 def test_the_fitted_map_inverts_a_linear_autoencoder() -> None:
     vae = FakeVae()
-    weights = fit_linear_map(vae)
+    weights = fit_linear_map(vae, "cpu")
     rgb = torch.rand(1, 3, 16, 16) * 2 - 1
     latents = vae.encode(rgb).latent_dist.mean * 0.5
     expected = torch.nn.functional.avg_pool2d(rgb, 4)
@@ -123,10 +125,10 @@ def test_known_families_keep_their_published_map() -> None:
     vae = FakeVae()
     vae.config.scaling_factor = 0.18215
     try:
-        assert linear_map(vae)[0].tolist() == pytest.approx(LINEAR_MAPS[0.18215][0])
+        assert linear_map(vae, "cpu")[0].tolist() == pytest.approx(LINEAR_MAPS[0.18215][0])
         vae.config.scaling_factor = 0.13025
         # Vass 2024: zero latents are (150, 140, 130) of 255
-        grey = latents_to_rgb(torch.zeros(1, 4, 1, 1), linear_map(vae)).flatten()
+        grey = latents_to_rgb(torch.zeros(1, 4, 1, 1), linear_map(vae, "cpu")).flatten()
         assert ((grey + 1) * 127.5).tolist() == pytest.approx([150, 140, 130], abs=1e-3)
     finally:
         vae.config.scaling_factor = 0.5
