@@ -143,10 +143,10 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 
 def files_in_readme() -> tuple[set[str], set[str]]:
-    """The files that README says a picture leaves, and those that an evaluation adds."""
+    """The files that README says a picture leaves, and those of an evaluation."""
     section = README.split("### What a run leaves")[1].split("\n## ")[0]
-    texts = section.split("An evaluation adds")
-    picture, added = (set(re.findall(r"`(\w+\.(?:png|jsonl?|csv))`", text)) for text in texts)
+    texts = section.split("An evaluation's folder holds")
+    picture, added = (set(re.findall(r"`([a-z]+\.(?:png|jsonl?|csv))`", text)) for text in texts)
     return picture, added
 
 
@@ -360,9 +360,8 @@ def state_of(folder: Path) -> dict[str, int]:
 def test_an_evaluation_leaves_the_files_of_readme(evaluation: Done) -> None:
     _, added = files_in_readme()
     assert evaluation.code == 0
-    assert added == {"cycles.jsonl", "summary.json", "summary.csv", "scatter.png"}
-    pictures = pictures_of(range(2024, 2024 + CYCLES))
-    assert names(evaluation.folder) == {*added, *pictures, "run.json"}
+    assert added == {"run.json", "cycles.jsonl", "summary.json", "summary.csv", "scatter.png"}
+    assert names(evaluation.folder) == {*added, *pictures_of(range(2024, 2024 + CYCLES))}
 
 
 def test_a_line_a_cycle_with_its_figures(evaluation: Done) -> None:
@@ -473,14 +472,14 @@ def test_ctrl_c_keeps_the_finished_cycles_and_says_how_to_go_on(interrupted: Int
     assert [row["cycle"] for row in rows] == list(range(1, interrupted.kept + 1))
     assert len(interrupted.done.out.splitlines()) in (interrupted.kept, interrupted.kept - 1)
     kept, *rest = interrupted.done.err.splitlines()
-    assert kept.startswith(f"kept {interrupted.kept} of {MANY} cycles; go on with: python main.py ")
+    assert kept.startswith(f"kept {interrupted.kept} of {MANY} cycles; go on with: python init.py ")
     assert rest == ["interrupted"]
     assert [path for path in interrupted.folder.iterdir() if path.suffix == ".tmp"] == []
 
 
 def test_the_way_to_go_on_can_be_pasted(interrupted: Interrupted) -> None:
     command = shlex.split(interrupted.done.err.splitlines()[0].split("go on with: ")[1])
-    assert command == ["python", "main.py", "--resume", str(interrupted.folder)]
+    assert command == ["python", "init.py", "--resume", str(interrupted.folder)]
 
 
 def test_a_resumed_evaluation_computes_no_cycle_twice(
@@ -599,7 +598,9 @@ def test_an_evaluation_goes_on_after_a_full_disk(
         full = call(MEASURE, *FEW, "--cycles", "3", "--output", str(tmp_path))
     folder = next(tmp_path.iterdir())
     assert full.code == 1
-    assert re.fullmatch("error: disk full: can not write [^\n]*2025-tempered.png[^\n]*\n", full.err)
+    kept = "kept 1 of 3 cycles; go on with: python init.py --resume [^\n]*\n"
+    line = "error: disk full: can not write [^\n]*2025-tempered.png[^\n]*\n"
+    assert re.fullmatch(kept + line, full.err)
     assert names(folder) == {"run.json", "cycles.jsonl", *pictures_of(range(2024, 2025))} | {
         "2025-plain.png"
     }

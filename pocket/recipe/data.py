@@ -109,12 +109,12 @@ def recolour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     drawing stays readable and its mean colour stays nameable.
     """
     pixels = np.asarray(image, np.float32)
-    luminance = pixels[..., :3] @ np.float32([0.2126, 0.7152, 0.0722]) / 255  # Rec. 709
+    luminance = pixels[..., :3] @ np.array([0.2126, 0.7152, 0.0722], np.float32) / 255  # Rec. 709
     inside = luminance[pixels[..., 3] > 127]
     low, middle, high = np.percentile(inside, [5, 50, 95])
     reach = max(high - middle, middle - low, 0.1)
     ramp = np.clip((luminance - middle) / reach, -1, 1)[..., None]
-    target = np.float32(colour)
+    target = np.array(colour, np.float32)
     shade, tint = target * 0.55, target + (255 - target) * 0.35
     painted = np.where(ramp < 0, target + ramp * (target - shade), target + ramp * (tint - target))
     return Image.fromarray(
@@ -124,7 +124,7 @@ def recolour(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 
 def backdrop(scene: Scene) -> Image.Image:
     """The light background: a vertical gradient between two near colours."""
-    ends = np.float32([scene.top, scene.bottom])
+    ends = np.array([scene.top, scene.bottom], np.float32)
     ramp = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None]
     rows = (1 - ramp) * ends[0] + ramp * ends[1]
     pixels = np.repeat(rows[:, None, :], SIZE, axis=1)
