@@ -19,17 +19,20 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from tqdm import tqdm
 
 import outputs
 from errors import InputError
 from loaders import pick_device
 from metrics import PictureMetrics, picture_metrics, scatter, summarise, summary_table
+from outputs import Panel
 from session import Session, open_session, say
 from settings import Request
 from tempering import View
 
 Row = dict[str, Any]
+ON_SHEET = 8  # cycles; more would be a poster
 
 
 def run(request: Request) -> None:
@@ -155,8 +158,20 @@ def summarise_run(session: Session, folder: Path, finished: list[Row], facts: Ro
     )
     title = f"{session.request.prompt} ({session.model})"
     outputs.save_figure(folder / "scatter.png", scatter(plain, tempered, title))
+    outputs.save_image(folder / "sheet.png", draw_sheet(folder, finished[:ON_SHEET], title))
     print(summary_table(summary))
     print(folder)
+
+
+def draw_sheet(folder: Path, shown: list[Row], title: str) -> Image.Image:
+    """The plain and the tempered picture of each cycle side by side with their figures."""
+    panels = []
+    for row in shown:
+        for name in ("plain", "tempered"):
+            with Image.open(folder / f"{row['seed']}-{name}.png") as picture:
+                panel = Panel(f"{row['seed']} {name}", picture.copy(), (str(metrics(row[name])),))
+            panels.append(panel)
+    return outputs.sheet(panels, title)
 
 
 def metrics(figures: Row) -> PictureMetrics:
@@ -165,8 +180,5 @@ def metrics(figures: Row) -> PictureMetrics:
 
 def cycle_line(row: Row) -> str:
     """One cycle for the terminal."""
-    parts = [
-        f"{name} PPV {row[name]['ppv']:.3f} NPV {row[name]['npv']:.3f} JS {row[name]['js']:.3f}"
-        for name in ("plain", "tempered")
-    ]
+    parts = [f"{name} {metrics(row[name])}" for name in ("plain", "tempered")]
     return f"cycle {row['cycle']}  seed {row['seed']}  {'  |  '.join(parts)}"

@@ -120,5 +120,4 @@ def describe(
 
 def figures(view: View) -> str:
     """The metrics of a picture in one line."""
-    metrics = picture_metrics(view.matrix.numpy())
-    return f"PPV {metrics.ppv:.3f}  NPV {metrics.npv:.3f}  JS {metrics.js:.3f}"
+    return str(picture_metrics(view.matrix.numpy()))

@@ -124,6 +124,9 @@ class PictureMetrics:
     npv: float
     js: float
 
+    def __str__(self) -> str:
+        return f"PPV {self.ppv:.3f}  NPV {self.npv:.3f}  JS {self.js:.3f}"
+
 
 def picture_metrics(matrix: ArrayLike) -> PictureMetrics:
     """The figures of the picture that has this class matrix.

@@ -360,7 +360,10 @@ def state_of(folder: Path) -> dict[str, int]:
 def test_an_evaluation_leaves_the_files_of_readme(evaluation: Done) -> None:
     _, added = files_in_readme()
     assert evaluation.code == 0
-    assert added == {"run.json", "cycles.jsonl", "summary.json", "summary.csv", "scatter.png"}
+    assert added == {
+        *("run.json", "cycles.jsonl", "summary.json", "summary.csv"),
+        *("scatter.png", "sheet.png"),
+    }
     assert names(evaluation.folder) == {*added, *pictures_of(range(2024, 2024 + CYCLES))}
 
 

@@ -15,7 +15,7 @@ from pocket.recipe.training import Plan, bf16, fit
 from pocket.recipe.vae import to_tensor
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
-PLAN = Plan(steps=5000, batch=32, lr=1e-3, ema=0.998, seed=3)
+PLAN = Plan(steps=2200, batch=32, lr=1e-3, ema=0.998, seed=3)
 TEXT_WIDTH, VISION_WIDTH = 128, 192
 PROMPTS = 4  # a picture: its subjects first, then near misses and strangers
 
@@ -68,12 +68,17 @@ def segment(clipseg: CLIPSegForImageSegmentation, images: Tensor, ids: Tensor) -
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[int]]]:
     """`PROMPTS` prompts for a scene, each with the slots (from 1) of the subjects it is true of."""
-    asked = [spoken(placed.noun, rng) for placed in scene.placed]
+    shown = [placed.noun for placed in scene.placed]
+    # A drawing in its natural colours may well be "red": nobody is asked about its colour.
+    coloured = [noun for noun in shown if noun.colour]
+    asked = [spoken(noun, rng) for noun in shown]
     while len(asked) < PROMPTS:
-        near = rng.choice(scene.placed).noun
-        wrong_colour = Noun(near.subject, rng.choice(COLOUR_NAMES))
-        wrong_subject = Noun(rng.choice(SUBJECTS), near.colour or rng.choice(COLOUR_NAMES))
-        asked.append(rng.choice((wrong_colour, wrong_subject, spoken(wrong_subject, rng))))
+        near = rng.choice(shown)
+        stranger = Noun(rng.choice(SUBJECTS), near.colour or rng.choice(COLOUR_NAMES))
+        misses = [stranger] if stranger.subject not in {noun.subject for noun in shown} else []
+        misses += [Noun(noun.subject, rng.choice(COLOUR_NAMES)) for noun in coloured]
+        if misses:
+            asked.append(spoken(rng.choice(misses), rng))
     return [(noun.phrase(), answers(noun, scene)) for noun in asked]
 
 
@@ -105,11 +110,11 @@ def train_clipseg(
         slots = torch.from_numpy(pictures.slots[picks])  # (B, H, W)
         targets = torch.stack(
             [
-                sum((slots[b] == slot).float() for slot in right) + torch.zeros(slots[b].shape)
+                torch.isin(slots[b], torch.tensor(right, dtype=torch.uint8))
                 for b, row in enumerate(asked)
                 for _, right in row
             ]
-        )  # (B * P, H, W)
+        ).float()  # (B * P, H, W)
         with bf16():
             logits = segment(
                 clipseg, to_tensor(pictures.images[picks]), ids.unflatten(0, (plan.batch, PROMPTS))
