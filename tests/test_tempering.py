@@ -112,7 +112,7 @@ def test_k_0_gives_back_the_plain_picture_within_a_tolerance(
         k: Painter(deterministic_pipe, clipseg, [PROMPTS], Tempering(k=k)) for k in (0.0, 1e6)
     }
     away = {
-        k: [distance_from_plain(painter, seed) for seed in range(4)]
+        k: [distance_from_plain(painter, seed) for seed in range(2)]
         for k, painter in painters.items()
     }
     assert max(away[0.0]) < 4

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
+import outputs
 from benchmarks.judge import NO_COLOUR, Judge, Pixels, Verdict, as_tensor, load_judge
 from benchmarks.prompts import benchmark
 from loaders import load_clipseg, load_pipeline
@@ -31,6 +32,20 @@ BATCH = 50
 HELD_OUT = 500
 FIRST_SEED = 10_000
 GUIDANCE_SCALES = (5.0, 7.5)
+SAMPLES = (
+    "a black dog",
+    "a toy robot",
+    "a red car",
+    "a blue bird",
+    "a green elephant",
+    "a cat",
+    "a pink crown",
+    "a yellow balloon",
+    "a black dog next to a toy robot",
+    "a cat and a elephant",
+    "a red apple and a blue chair",
+    "a bear with glasses",
+)
 
 
 def main() -> None:
@@ -39,8 +54,16 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=500, help="pictures a figure")
     args = parser.parse_args()
     figures = measure(args.work, args.pictures)
+    outputs.save_image(FIGURES.with_name("samples.png"), draw_samples(pocket()))
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
+
+
+def pocket() -> StableDiffusionPipeline:
+    """The pipeline as shipped, without bars."""
+    pipe = load_pipeline("pocket", device="cpu", dtype="fp32")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def measure(work: Path, count: int) -> dict[str, Any]:
@@ -48,8 +71,7 @@ def measure(work: Path, count: int) -> dict[str, Any]:
     studio = Studio(work / "packages")
     held_out = pictures(studio, work, "held-out", HELD_OUT, training_scene)
     judge = load_judge()
-    pipe = load_pipeline("pocket", device="cpu", dtype="fp32")
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pocket()
     return {
         "seconds_a_picture": seconds_a_picture(pipe),
         "vae": vae_figures(pipe.vae, held_out, judge),
@@ -61,6 +83,16 @@ def measure(work: Path, count: int) -> dict[str, Any]:
             for name, prompts in benchmark().items()
         },
     }
+
+
+def draw_samples(pipe: StableDiffusionPipeline) -> Image.Image:
+    """One picture of each sample prompt, none chosen: the seed is the prompt's number."""
+    panels = []
+    for seed, prompt in enumerate(SAMPLES):
+        rng = torch.Generator().manual_seed(seed)
+        image = pipe(prompt, num_inference_steps=20, guidance_scale=7.5, generator=rng).images[0]
+        panels.append(outputs.Panel(prompt, image))
+    return outputs.sheet(panels, "The pocket model: 20 steps, guidance 7.5, seeds 0 to 11")
 
 
 def seconds_a_picture(pipe: StableDiffusionPipeline, runs: int = 5) -> float:

@@ -15,7 +15,7 @@ from pocket.recipe.data import Scene
 from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import caption
 
-PLAN = Plan(steps=4700, batch=48, lr=1e-3, ema=0.999, seed=2)
+PLAN = Plan(steps=4000, batch=48, lr=1e-3, ema=0.999, seed=2)
 WIDTH = 128  # of the text encoder and of the cross-attention
 CAPTION_DROPOUT = 0.1  # share of empty captions: what classifier-free guidance subtracts
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, arXiv:2303.09556
