@@ -15,7 +15,7 @@ from pocket.recipe.training import Plan, bf16, fit
 from pocket.recipe.vae import to_tensor
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
-PLAN = Plan(steps=2200, batch=32, lr=1e-3, ema=0.998, seed=3)
+PLAN = Plan(steps=2000, batch=32, lr=1e-3, ema=0.998, seed=3)
 TEXT_WIDTH, VISION_WIDTH = 128, 192
 PROMPTS = 4  # a picture: its subjects first, then near misses and strangers
 
