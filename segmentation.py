@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
@@ -149,21 +150,23 @@ def linear_map(vae: Any, device: torch.device | str) -> Tensor:
 
 @torch.no_grad()
 def fit_linear_map(
-    vae: Any, device: torch.device | str, pictures: int = 16, size: int = 64, seed: int = 0
+    vae: Any, device: torch.device | str, pictures: int = 32, size: int = 16, seed: int = 0
 ) -> Tensor:
     """Least-squares map (channels + 1, 3) from scaled latents and 1 to RGB in -1..1, float32.
 
-    The data are pictures of random colour patches, encoded by `vae`; colour is all that the map
-    can carry. `device` is where the VAE computes, which under offload is not where it is kept.
+    The data are smooth random latents of unit variance, as a VAE's scaled latents are, and what
+    `vae` decodes them to; so it needs no pictures. `device` is where the VAE computes, which under
+    offload is not where it is kept.
     """
     rng = torch.Generator().manual_seed(seed)
-    patches = torch.rand(pictures, 3, 8, 8, generator=rng) * 2 - 1
-    rgb = torch.nn.functional.interpolate(patches, size=(size, size), mode="bilinear")
-    encoded = vae.encode(rgb.to(device, vae.dtype)).latent_dist.mean
-    latents = encoded.float().cpu() * vae.config.scaling_factor  # (B, channels, h, w)
-    small = torch.nn.functional.interpolate(rgb, size=latents.shape[-2:], mode="area")
+    rough = torch.randn(pictures, vae.config.latent_channels, size // 2, size // 2, generator=rng)
+    smooth = F.interpolate(rough, size=(size, size), mode="bilinear")
+    latents = smooth / smooth.std()  # (B, channels, size, size)
+    scaled = (latents / vae.config.scaling_factor).to(device, vae.dtype)
+    pixels = vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)
+    rgb = F.interpolate(pixels.float().cpu(), size=(size, size), mode="area")
     # In float64: a VAE whose channels repeat each other leaves float32 without a stable solution.
-    known, wanted = (_with_one(latents).double(), _rows(small).double())
+    known, wanted = _with_one(latents).double(), _rows(rgb).double()
     return torch.linalg.lstsq(known.flatten(0, 2), wanted.flatten(0, 2)).solution.float()
 
 

@@ -349,7 +349,7 @@ def flag_table(name: str) -> dict[str, str]:
         pytest.skip(f"there is no {name} yet")
     text = (REPOSITORY / name).read_text(encoding="utf-8").replace(r"\|", "or")
     rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| `--")]
-    flags = [(re.findall(r"--\w+", flag), default.strip()) for flag, default, _ in rows]
+    flags = [(re.findall(r"--\w[\w-]*", flag), default.strip()) for flag, default, _ in rows]
     return {name: default for names, default in flags for name in names}
 
 

@@ -93,32 +93,28 @@ def test_uncertainty_by_hand() -> None:
 
 
 class FakeVae:
-    """An autoencoder that is linear: it averages pixels and mixes the colours."""
+    """A decoder that is linear: it mixes the channels, two of which are the same, and enlarges."""
 
     device, dtype = torch.device("cpu"), torch.float32
-    mixing = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -0.5], [0.2, 0.0, 1.0], [0.3, 0.3, 0.3]])
+    mixing = torch.tensor([[0.10, 0.02, 0.0, 0.0], [0.0, 0.08, 0.05, 0.05], [0.03, 0.0, 0.1, 0.1]])
+    bias = torch.tensor([0.2, -0.1, 0.05])
 
     class config:  # noqa: N801 - the name that diffusers gives it
         scaling_factor = 0.5
         latent_channels = 4
         block_out_channels = (128, 256, 512, 512)
 
-    class latent_dist:  # noqa: N801
-        mean: torch.Tensor
-
-    def encode(self, rgb: torch.Tensor) -> FakeVae:
-        small = torch.nn.functional.avg_pool2d(rgb, 4)
-        self.latent_dist.mean = torch.einsum("lc,bchw->blhw", self.mixing, small)
-        return self
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        rgb = torch.einsum("cl,blhw->bchw", self.mixing, latents * 0.5)
+        return (torch.nn.functional.interpolate(rgb + self.bias[:, None, None], scale_factor=4.0),)
 
 
-def test_the_fitted_map_inverts_a_linear_autoencoder() -> None:
+def test_the_fitted_map_is_the_decoder_where_that_is_linear() -> None:
     vae = FakeVae()
-    weights = fit_linear_map(vae, "cpu")
-    rgb = torch.rand(1, 3, 16, 16) * 2 - 1
-    latents = vae.encode(rgb).latent_dist.mean * 0.5
-    expected = torch.nn.functional.avg_pool2d(rgb, 4)
-    torch.testing.assert_close(latents_to_rgb(latents, weights), expected, atol=1e-4, rtol=0)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = torch.nn.functional.avg_pool2d(vae.decode(latents / 0.5)[0], 4)
+    found = latents_to_rgb(latents, fit_linear_map(vae, "cpu"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_known_families_keep_their_published_map() -> None:
