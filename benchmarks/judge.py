@@ -26,6 +26,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pocket.images import Pixels, as_tensor
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -43,8 +44,6 @@ FUSED_CELLS = 16
 # A subject has its colour if this share of its cells has it. The rest is left for markings that
 # stay dark or light in every colour; a subject of two colours has a third of its cells in each.
 COLOUR_SHARE = 0.75
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -174,11 +173,6 @@ class JudgeNet(nn.Module):
             y = up(lateral + F.interpolate(y, scale_factor=2.0))
         logits = self.head(y)
         return logits[:, :SUBJECT_LABELS], logits[:, SUBJECT_LABELS:]
-
-
-def as_tensor(images: Pixels) -> Tensor:
-    """uint8 images (N, 64, 64, 3) as float32 (N, 3, 64, 64) in -1..1, channels last."""
-    return (torch.from_numpy(images).float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 class Judge:

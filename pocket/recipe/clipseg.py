@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
+from pocket.images import as_tensor
 from pocket.recipe.data import SIZE, Pictures, Scene
 from pocket.recipe.training import Plan, bf16, fit
-from pocket.recipe.vae import to_tensor
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
 PLAN = Plan(steps=2000, batch=32, lr=1e-3, ema=0.998, seed=3)
@@ -117,7 +117,7 @@ def train_clipseg(
         ).float()  # (B * P, H, W)
         with bf16():
             logits = segment(
-                clipseg, to_tensor(pictures.images[picks]), ids.unflatten(0, (plan.batch, PROMPTS))
+                clipseg, as_tensor(pictures.images[picks]), ids.unflatten(0, (plan.batch, PROMPTS))
             )
         logits = logits.float().flatten(0, 1)
         return F.binary_cross_entropy_with_logits(logits, targets)

@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from pocket.images import Pixels
 from pocket.recipe.packages import STYLES, drawings
 from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, caption, seen_pairs
 
@@ -28,8 +28,6 @@ UNCOLOURED = (
     0.3  # share of subjects that keep their natural colours, with a caption that names none
 )
 MAX_OVERLAP = 0.1  # of the smaller bounding box
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

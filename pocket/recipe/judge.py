@@ -38,14 +38,13 @@ from benchmarks.judge import (
     Judge,
     JudgeNet,
     Verdict,
-    as_tensor,
     label_of,
     verdict,
 )
+from pocket.images import Pixels, as_tensor
 from pocket.recipe.data import (
     SIZE,
     SUBJECT_SIZES,
-    Pixels,
     Placed,
     Scene,
     Studio,

@@ -19,9 +19,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 import outputs
-from benchmarks.judge import NO_COLOUR, Judge, Pixels, Verdict, as_tensor, load_judge
+from benchmarks.judge import NO_COLOUR, Judge, Verdict, load_judge
 from benchmarks.prompts import benchmark
 from loaders import load_clipseg, load_pipeline
+from pocket.images import Pixels, as_tensor
 from pocket.recipe.data import Pictures, Studio, pictures, training_scene
 from pocket.recipe.judge import measure_judge
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs

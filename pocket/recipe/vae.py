@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pocket.recipe.data import Pixels
+from pocket.images import Pixels, as_tensor
 from pocket.recipe.training import Plan, bf16, fit
 
 PLAN = Plan(steps=3600, batch=12, lr=2e-3, ema=0.998, seed=1)
@@ -30,18 +30,12 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def to_tensor(images: Pixels) -> Tensor:
-    """uint8 images (N, H, W, 3) as float32 (N, 3, H, W) in -1..1, channels last."""
-    pixels = torch.from_numpy(images).float() / 127.5 - 1
-    return pixels.permute(0, 3, 1, 2)
-
-
 def train_vae(images: Pixels, work: Path, plan: Plan = PLAN) -> AutoencoderKL:
     """Train on `images`, then set the scaling factor that gives latents unit variance."""
 
     def loss(vae: Any, rng: torch.Generator) -> Tensor:
         picks = torch.randint(len(images), (plan.batch,), generator=rng).numpy()
-        x = to_tensor(images[picks])  # (B, 3, 64, 64)
+        x = as_tensor(images[picks])  # (B, 3, 64, 64)
         with bf16():
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=rng)
@@ -62,5 +56,5 @@ def latents(vae: AutoencoderKL, images: Pixels, batch: int = 50) -> Tensor:
     parts = []
     for start in range(0, len(images), batch):
         with bf16():
-            parts.append(vae.encode(to_tensor(images[start : start + batch])).latent_dist.mean)
+            parts.append(vae.encode(as_tensor(images[start : start + batch])).latent_dist.mean)
     return torch.cat([part.float() for part in parts])
