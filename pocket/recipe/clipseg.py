@@ -5,18 +5,21 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
-from pocket.images import as_tensor
+from pocket.images import Pixels, as_tensor
 from pocket.recipe.data import SIZE, Pictures, Scene
 from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
 PLAN = Plan(steps=2000, batch=32, lr=1e-3, ema=0.998, seed=3)
 TEXT_WIDTH, VISION_WIDTH = 128, 192
+SUBJECT_NAMES, COLOUR_NAMES_AND_NONE = 1 + len(SUBJECTS), len(COLOUR_NAMES) + 1
 PROMPTS = 4  # a picture: its subjects first, then near misses and strangers
 
 
@@ -56,14 +59,41 @@ def new_clipseg(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
     return clipseg
 
 
-def segment(clipseg: CLIPSegForImageSegmentation, images: Tensor, ids: Tensor) -> Tensor:
-    """Logits (B, P, H, W) of P prompts a picture, with gradients; `ids` is (B, P, L)."""
-    batch, prompts, length = ids.shape
-    vision = clipseg.clip.get_image_features(pixel_values=images, output_hidden_states=True)
-    layers = [vision.hidden_states[i + 1] for i in clipseg.extract_layers]
-    layers = [layer.repeat_interleave(prompts, dim=0) for layer in layers]  # (B * P, N, D)
-    text = clipseg.clip.get_text_features(ids.reshape(batch * prompts, length)).pooler_output
-    return clipseg.decoder(layers, text).logits.unflatten(0, (batch, prompts))
+class Lesson(nn.Module):
+    """CLIPSeg with a head on its vision tower that names each 4x4 cell's subject and colour.
+
+    From masks of prompts alone a vision tower that starts from nothing learns next to nothing for
+    an hour; named cells teach it what there is to see. The head is thrown away afterwards.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.clipseg = new_clipseg(tokenizer)
+        self.names = nn.Linear(VISION_WIDTH, 4 * (SUBJECT_NAMES + COLOUR_NAMES_AND_NONE))
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask logits (B, P, H, W) of prompts `ids` (B, P, L); names' logits (B, names, 16, 16)."""
+        batch, prompts, length = ids.shape
+        parts = self.clipseg.clip
+        vision = parts.get_image_features(pixel_values=images, output_hidden_states=True)
+        layers = [vision.hidden_states[i + 1] for i in self.clipseg.extract_layers]
+        names = self.names(layers[-1][:, 1:])  # (B, 64, 4 * names): 2x2 cells a patch
+        names = F.pixel_shuffle(names.transpose(1, 2).unflatten(2, (8, 8)), 2)  # (B, names, 16, 16)
+        layers = [layer.repeat_interleave(prompts, dim=0) for layer in layers]  # (B * P, N, D)
+        text = parts.get_text_features(ids.reshape(batch * prompts, length)).pooler_output
+        masks = self.clipseg.decoder(layers, text).logits.unflatten(0, (batch, prompts))
+        return masks, names[:, :SUBJECT_NAMES], names[:, SUBJECT_NAMES:]
+
+
+def named_cells(scene: Scene, slots: Pixels) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Subject (0 the background) and colour (-100, not counted, there) of each cell, (16, 16)."""
+    subjects, colours = [0], [-100]
+    for placed in scene.placed:
+        subjects.append(1 + SUBJECTS.index(placed.noun.subject))
+        named = placed.noun.colour
+        colours.append(COLOUR_NAMES.index(named) if named else len(COLOUR_NAMES))
+    cells = slots[2::4, 2::4]
+    return np.array(subjects)[cells], np.array(colours)[cells]
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[int]]]:
@@ -99,9 +129,11 @@ def answers(noun: Noun, scene: Scene) -> list[int]:
 def train_clipseg(
     pictures: Pictures, tokenizer: CLIPTokenizer, work: Path, plan: Plan = PLAN
 ) -> CLIPSegForImageSegmentation:
-    """Train from nothing, all parts together, with CLIPSeg's binary cross-entropy a prompt."""
+    """Train from nothing, all parts together: binary cross-entropy a prompt, and names of cells."""
+    # The background is most of every picture: weighted down, or the subjects are never learned.
+    weights = torch.tensor([0.1] + [1.0] * len(SUBJECTS))
 
-    def loss(clipseg: nn.Module, rng: torch.Generator) -> Tensor:
+    def loss(lesson: nn.Module, rng: torch.Generator) -> Tensor:
         picks = torch.randint(len(pictures.images), (plan.batch,), generator=rng).tolist()
         draw = random.Random(picks[0])
         asked = [questions(pictures.scenes[i], draw) for i in picks]
@@ -115,13 +147,17 @@ def train_clipseg(
                 for _, right in row
             ]
         ).float()  # (B * P, H, W)
+        cells = [named_cells(pictures.scenes[i], pictures.slots[i]) for i in picks]
+        subjects, colours = (torch.from_numpy(np.stack(kind)) for kind in zip(*cells, strict=True))
+        images = as_tensor(pictures.images[picks])
         with bf16():
-            logits = segment(
-                clipseg, as_tensor(pictures.images[picks]), ids.unflatten(0, (plan.batch, PROMPTS))
-            )
-        logits = logits.float().flatten(0, 1)
-        return F.binary_cross_entropy_with_logits(logits, targets)
+            masks, subject, colour = lesson(images, ids.unflatten(0, (plan.batch, PROMPTS)))
+        return (
+            F.binary_cross_entropy_with_logits(masks.float().flatten(0, 1), targets)
+            + 0.1 * F.cross_entropy(subject.float(), subjects, weights)
+            + 0.1 * F.cross_entropy(colour.float(), colours)
+        )
 
-    clipseg = fit("clipseg", new_clipseg(tokenizer), loss, plan, work)
-    assert isinstance(clipseg, CLIPSegForImageSegmentation)
-    return clipseg
+    lesson = fit("clipseg", Lesson(tokenizer), loss, plan, work)
+    assert isinstance(lesson, Lesson)
+    return lesson.clipseg
