@@ -99,13 +99,13 @@ def temper(
     return painter.temper([seed], compare=compare, progress=progress)[0]
 
 
-def gammas(views: Sequence[View], k: float, size: Sequence[int]) -> Tensor:
+def gammas(views: Sequence[View], k: float, size: tuple[int, int]) -> Tensor:
     """Share of fresh noise (B, 1, h, w), float32 in 0..1: 1 - exp(-k u_i) in class i, else 0."""
     maps = []
     for view in views:
         of_class = (1 - (-k * view.uncertainty).exp()).float()  # (C,)
         gamma = of_class[view.labels.clamp(min=0)].masked_fill(view.labels == NONE, 0.0)
-        maps.append(F.adaptive_avg_pool2d(gamma[None], list(size)))
+        maps.append(F.adaptive_avg_pool2d(gamma[None], size))
     return torch.stack(maps)
 
 
@@ -163,7 +163,9 @@ class Painter:
         x0, eps = trunk.prediction()
         views = self.look(self.preview(x0))
 
-        tempered = self.go_back(trunk, x0, eps, gammas(views, self.settings.k, x0.shape[-2:]))
+        height, width = x0.shape[-2:]
+        gamma = gammas(views, self.settings.k, (height, width))
+        tempered = self.go_back(trunk, x0, eps, gamma)
         branches = [trunk, tempered] if compare else [tempered]
         for calls in descend(self, branches, self.settings.steps):
             report(calls)

@@ -396,7 +396,7 @@ def test_an_evaluation_tells_cycles_summary_and_folder(evaluation: Done) -> None
     lines = evaluation.out.splitlines()
     for line, row in zip(lines, rows, strict=False):
         assert line.startswith(f"cycle {row['cycle']}  seed {row['seed']}  plain PPV ")
-        assert f"tempered PPV {row['tempered']['ppv']:.3f} NPV " in line
+        assert f"tempered PPV {row['tempered']['ppv']:.3f}  NPV " in line
     table = summary_table(summary_of(rows)).splitlines()
     assert lines[CYCLES:] == [*table, str(evaluation.folder)]
     assert evaluation.err == ""

@@ -27,12 +27,12 @@ from benchmarks.judge import (
     SUBJECT_LABELS,
     Judge,
     JudgeNet,
-    Pixels,
     Verdict,
     label_of,
     load_judge,
     verdict,
 )
+from pocket.images import Pixels
 from pocket.recipe import judge as recipe
 from pocket.recipe.data import Studio
 from pocket.recipe.packages import STYLES

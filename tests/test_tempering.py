@@ -142,7 +142,7 @@ def test_renoised_latents_have_the_schedulers_variance(
     shape = (1, 4, 256, 256)
     eps = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     trunk = painter.start([7])
-    gamma = gammas([uniform_view(0.7)], k, shape[-2:])
+    gamma = gammas([uniform_view(0.7)], k, (256, 256))
     branch = painter.go_back(trunk, torch.full(shape, 2.0), eps, gamma)
 
     assert float(branch.timestep) == float(painter_timesteps(painter)[10])

@@ -44,7 +44,7 @@ def train_vae(images: Pixels, work: Path, plan: Plan = PLAN) -> AutoencoderKL:
         # L1 keeps edges, L2 keeps rare strong errors (a small subject's colour) from being ignored.
         return error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * posterior.kl().mean()
 
-    vae = fit("vae", new_vae().to(memory_format=torch.channels_last), loss, plan, work)
+    vae: Any = fit("vae", new_vae().to(memory_format=torch.channels_last), loss, plan, work)
     scale = 1 / latents(vae, images[:2000]).std().item()
     vae.register_to_config(scaling_factor=round(scale, 5))
     return vae
