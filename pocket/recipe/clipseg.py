@@ -56,6 +56,13 @@ def new_clipseg(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
     clipseg = CLIPSegForImageSegmentation(config)
     # The backward pass of fused attention is slower than plain attention on CPUs.
     clipseg.set_attn_implementation("eager")
+    # transformers draws the decoder's weights with a variance of 1, which suits no training: the
+    # first masks are far off, and the text encoder learns to say the same of every prompt.
+    decoder = clipseg.decoder
+    for layer in (*decoder.reduces, decoder.film_mul, decoder.film_add):
+        layer.reset_parameters()
+    nn.init.ones_(decoder.film_mul.bias)
+    decoder.transposed_convolution.reset_parameters()
     return clipseg
 
 
