@@ -36,6 +36,7 @@ import main
 import outputs
 from loaders import CLIPSEG, STABLE_DIFFUSION
 from metrics import Paired, PictureMetrics, picture_metrics, scatter, summarise, summary_table
+from segmentation import SMALLEST
 from settings import VERSION
 
 REPOSITORY = Path(main.__file__).parent
@@ -211,7 +212,7 @@ def test_run_json_tells_of_the_run(picture: Done) -> None:
         assert run[name]["metrics"] == asdict(picture_metrics(run[name]["class_matrix"]))
     seen = run["interrupted"]
     matrix = np.array(seen["class_matrix"])
-    certainty = matrix.diagonal() * (1 - matrix[[0, 1], [1, 0]])
+    certainty = np.maximum(matrix.diagonal() * (1 - matrix[[0, 1], [1, 0]]), SMALLEST)
     assert seen["uncertainty"] == pytest.approx(-np.log(certainty), rel=1e-4)
 
 
