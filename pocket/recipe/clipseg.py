@@ -69,8 +69,8 @@ def new_clipseg(tokenizer: CLIPTokenizer) -> CLIPSegForImageSegmentation:
 class Lesson(nn.Module):
     """CLIPSeg with a head on its vision tower that names each 4x4 cell's subject and colour.
 
-    From masks of prompts alone a vision tower that starts from nothing learns next to nothing for
-    an hour; named cells teach it what there is to see. The head is thrown away afterwards.
+    A mask a prompt says little of a picture; named cells teach a vision tower that starts from
+    nothing what there is to see. The head is thrown away afterwards.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
