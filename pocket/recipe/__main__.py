@@ -1,8 +1,8 @@
 """Make the pocket model: `python -m pocket.recipe` runs every stage, or goes on where it stopped.
 
 Stages: unet (with its text encoder and the autoencoder it needs), clipseg, judge; renders come
-first by themselves. Each keeps its state in the work folder, so that a killed run loses a few minutes at
-most; the finished weights go to pocket/weights and benchmarks.
+first by themselves. Each keeps its state in the work folder, so that a killed run loses a few
+minutes at most; the finished weights go to pocket/weights and benchmarks.
 """
 
 from __future__ import annotations
