@@ -119,6 +119,7 @@ def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
             begun = time.perf_counter()
             result = session.painter.temper([seed], compare=True, progress=bar.update)[0]
             assert result.plain is not None
+            bar.total -= calls - result.unet_calls  # rounds that were not needed
             pictures = {"plain": result.plain, "tempered": result.image}
             views = {name: session.painter.look([image])[0] for name, image in pictures.items()}
             for name, view in views.items():
@@ -130,6 +131,7 @@ def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
                 "model": session.model,
                 "dtype": session.dtype,
                 "unet_calls": result.unet_calls,
+                "rounds": len(result.rounds),
                 "seconds": round(time.perf_counter() - begun, 3),
                 **{name: figures(view) for name, view in views.items()},
             }

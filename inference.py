@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from tempering import Result, View
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+ORDER = ("plain", "interrupted", "classes", "kept", "tempered")  # on the sheet
 
 
 def run(request: Request) -> None:
@@ -36,6 +39,7 @@ def run(request: Request) -> None:
     views = {name: session.painter.look([picture])[0] for name, picture in finished.items()}
     seen = {
         "interrupted": result.interrupted.image,
+        **({"kept": result.kept.image} if result.kept else {}),
         "classes": class_map(result.interrupted),
         "sheet": draw_sheet(session, result, views),
     }
@@ -51,9 +55,12 @@ def paint(session: Session) -> Result:
     request = session.request
     calls = session.painter.unet_calls(compare=request.compare)
     with tqdm(total=calls, desc="U-Net", unit="call", disable=None) as bar:
-        return session.painter.temper([request.seed], compare=request.compare, progress=bar.update)[
-            0
-        ]
+        (result,) = session.painter.temper(
+            [request.seed], compare=request.compare, progress=bar.update
+        )
+        bar.total = bar.n  # rounds that were not needed are done, too
+        bar.refresh()
+        return result
 
 
 def save_pictures(
@@ -86,7 +93,13 @@ def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Imag
         ),
         **{name: Panel(name, view.image, (figures(view),)) for name, view in views.items()},
     }
-    order = [name for name in ("plain", "interrupted", "classes", "tempered") if name in panels]
+    if result.kept:
+        kept = sum(each.kept for each in result.rounds)
+        done = f"energy {result.interrupted.energy:.2f}, then {result.kept.energy:.2f}"
+        lines = figures(result.kept), done
+        title = f"kept: {kept} of {len(result.rounds)} rounds"
+        panels["kept"] = Panel(title, result.kept.image, lines)
+    order = [name for name in ORDER if name in panels]
     colours = outputs.class_colours(len(request.prompts))
     return outputs.sheet(
         [panels[name] for name in order],
@@ -104,10 +117,9 @@ def describe(
         "seed": result.seed,
         "unet_calls": result.unet_calls,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "interrupted": {
-            "class_matrix": result.interrupted.matrix.tolist(),
-            "uncertainty": result.interrupted.uncertainty.tolist(),
-        },
+        "interrupted": seen_in(result.interrupted),
+        **({"kept": seen_in(result.kept)} if result.kept else {}),
+        "rounds": [asdict(each) for each in result.rounds],
         **{
             name: {
                 "metrics": picture_metrics(view.matrix.numpy()),
@@ -115,6 +127,15 @@ def describe(
             }
             for name, view in views.items()
         },
+    }
+
+
+def seen_in(view: View) -> dict[str, Any]:
+    """What CLIPSeg saw at `stoptime`, for run.json."""
+    return {
+        "class_matrix": view.matrix.tolist(),
+        "uncertainty": view.uncertainty.tolist(),
+        "energy": view.energy,
     }
 
 

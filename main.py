@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import loaders
 from errors import InputError, TemperingError
 from outputs import check_writable
-from settings import MAX_SEED, PREVIEWS, VERSION, Models, Request, Tempering
+from settings import MAX_SEED, PREVIEWS, UNCERTAINTIES, VERSION, Models, Request, Tempering
 
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
@@ -214,7 +214,33 @@ def parser() -> Parser:
         ("--stoptime", int, "N", "interrupt after this many steps and look, 1..steps"),
         ("--backsteps", int, "N", "go back by this many steps, 0..stoptime"),
         ("--k", float, "X", "how fast uncertainty turns into fresh noise; 0 adds none"),
+        (
+            "--background",
+            float,
+            "X",
+            "uncertainty of pixels of no class, in the worst class's, 0..1",
+        ),
         ("--cfg_rescale", float, "X", "fresh noise in tenths of what the schedule expects"),
+        (
+            "--rounds",
+            int,
+            "N",
+            "times to go back, look again and keep the better; 1 does not look again",
+        ),
+        ("--accept", float, "X", "with rounds: an energy that is low enough to stop at"),
+        (
+            "--temperature",
+            float,
+            "X",
+            "with rounds: makes keeping a worse picture likelier; 0 never",
+        ),
+        (
+            "--cooling",
+            float,
+            "X",
+            "with rounds: each goes back so many times as far as the one before, 0..1",
+        ),
+        ("--candidates", int, "N", "with rounds: pictures a round, of which the best counts"),
         ("--guidance_scale", float, "X", "weight of the prompt; 1 or less switches guidance off"),
         ("--threshold", float, "P", "a pixel below this probability belongs to no class"),
     )
@@ -223,6 +249,11 @@ def parser() -> Parser:
             flag, type=kind, metavar=metavar, default=getattr(defaults, flag[2:]),
             help=f"{text} (default: %(default)g)",
         )  # fmt: skip
+    how.add_argument(
+        "--uncertainty", choices=UNCERTAINTIES, default=defaults.uncertainty,
+        help="what fresh noise follows: each class's uncertainty or each pixel's own (default: "
+        "%(default)s)",
+    )  # fmt: skip
     how.add_argument(
         "--preview", choices=PREVIEWS, default=defaults.preview,
         help="how the interrupted latents become a picture for CLIPSeg (default: %(default)s)",

@@ -208,7 +208,7 @@ def paired(
     """
     before, after = _pairs(plain, tempered)
     differences = np.round(after - before, DECIMALS)  # (N,); so that equal ones tie in the ranks
-    low, high = _bootstrap_interval(differences, seed)
+    low, high = bootstrap_interval(differences, seed)
     gains = differences if higher_is_better else -differences
     return Paired(
         plain_mean=float(before.mean()),
@@ -260,14 +260,19 @@ def _pairs(plain: ArrayLike, tempered: ArrayLike) -> tuple[Array, Array]:
     return before, after
 
 
-def _bootstrap_interval(differences: Array, seed: int) -> tuple[float | None, float | None]:
+def bootstrap_interval(values: Array, seed: int = 0) -> tuple[float | None, float | None]:
+    """The percentile bootstrap 95 % interval of the mean of `values` (N,); None for a single one.
+
+    Efron and Tibshirani 1993, chapter 13; 10,000 resamples, the same for the same seed. Raises
+    InputError for a seed that is not an integer of 0 or more.
+    """
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"The bootstrap's seed must be an integer of 0 or more; got {seed!r}.")
-    cycles = len(differences)
+    cycles = len(values)
     if cycles == 1:
         return None, None  # one value says nothing of its spread
     interval = stats.bootstrap(
-        (differences,),
+        (values,),
         np.mean,
         n_resamples=RESAMPLES,
         batch=max(1, 1_000_000 // cycles),  # 8 MB at a time, for any number of cycles

@@ -63,6 +63,26 @@ class ClipSeg:
     processor: CLIPSegProcessor
 
 
+@dataclass(frozen=True)
+class View:
+    """What CLIPSeg saw in one picture."""
+
+    image: Image.Image
+    probabilities: Tensor  # (C, H, W) float32 in 0..1, at CLIPSeg's own resolution
+    labels: Tensor  # (H, W) int64, the class of each pixel, -1 for none
+    matrix: Tensor  # (C, C) float64, the class matrix
+    uncertainty: Tensor  # (C,) float64
+
+    @property
+    def energy(self) -> float:
+        """How far the picture is from showing every class, confident and pure, 0..13.8.
+
+        The mean uncertainty: C times it is -log of the product of all p_i (1 - q_i), the
+        probability that all is right if the classes were independent.
+        """
+        return float(self.uncertainty.mean())
+
+
 @torch.no_grad()
 def embed_prompts(clipseg: ClipSeg, prompts: Sequence[str]) -> Tensor:
     """CLIPSeg's conditional embeddings (C, D) of `prompts`; one call serves a whole run.
@@ -102,6 +122,13 @@ def segment(clipseg: ClipSeg, images: Sequence[Image.Image], embeddings: Tensor)
     ]
     logits = model.decoder(layers, embeddings.flatten(0, 1)).logits  # (B * C, H, W)
     return logits.float().sigmoid().unflatten(0, embeddings.shape[:2]).cpu()
+
+
+def view_of(image: Image.Image, probabilities: Tensor, threshold: float) -> View:
+    """The view of `image` in which CLIPSeg gave `probabilities` (C, H, W)."""
+    labels = classify(probabilities, threshold)
+    matrix = class_matrix(probabilities, labels)
+    return View(image, probabilities, labels, matrix, uncertainty(matrix))
 
 
 def classify(probabilities: Tensor, threshold: float) -> Tensor:

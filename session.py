@@ -29,6 +29,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy")
+# The settings that a tempered picture's text names; the second ones mean something in rounds only.
+OF_A_ROUND = (
+    "stoptime",
+    "backsteps",
+    "k",
+    "cfg_rescale",
+    "uncertainty",
+    "background",
+    "rounds",
+)
+OF_ROUNDS = ("accept", "temperature", "cooling", "candidates")
 LONGEST_CUT = 60  # characters of a cut prompt that a warning shows
 
 
@@ -57,12 +68,8 @@ class Session:
         `image`.
         """
         settings = self.request.settings
-        method = {
-            "Tempering stoptime": settings.stoptime,
-            "Tempering backsteps": settings.backsteps,
-            "Tempering k": settings.k,
-            "Tempering cfg_rescale": settings.cfg_rescale,
-        }
+        names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
+        method = {f"Tempering {key}": getattr(settings, key) for key in names}
         return outputs.parameters_text(
             prompt=self.request.prompt,
             negative_prompt=settings.negative_prompt,

@@ -15,6 +15,7 @@ VERSION = "0.1.0"
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
 PREVIEWS = ("vae", "linear")
+UNCERTAINTIES = ("class", "pixel")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
 
@@ -28,6 +29,13 @@ class Tempering:
     backsteps: int = 5  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
+    rounds: int = 1  # of going back, looking and deciding; 1 goes back once and takes what comes
+    accept: float = 0.1  # with rounds: a picture of this energy or less is good enough
+    temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
+    cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
+    candidates: int = 1  # with rounds: pictures a round, of which the best is proposed
+    uncertainty: str = "class"  # what gamma follows: a class's uncertainty, or each pixel's own
+    background: float = 0.0  # uncertainty of unclassified pixels, in the worst class's, 0..1
     guidance_scale: float = 7.5  # classifier-free guidance (Ho & Salimans 2022); <= 1 is none
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
@@ -42,10 +50,20 @@ class Tempering:
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
+        _whole("rounds", self.rounds, 1, None)
+        if self.rounds > 1:
+            _whole(
+                "backsteps with several rounds", self.backsteps, 1, self.stoptime, " (the stoptime)"
+            )
+        _real("accept", self.accept, 0, math.inf)
+        _real("temperature", self.temperature, 0, math.inf)
+        _real("cooling", self.cooling, 0, 1)
+        _whole("candidates", self.candidates, 1, None)
+        _choice("uncertainty", self.uncertainty, UNCERTAINTIES)
+        _real("background", self.background, 0, 1)
         _real("guidance_scale", self.guidance_scale, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
-        if self.preview not in PREVIEWS:
-            raise InputError(f"preview must be one of {', '.join(PREVIEWS)}, got {self.preview!r}")
+        _choice("preview", self.preview, PREVIEWS)
         for name in ("height", "width"):
             _size(name, getattr(self, name))
 
@@ -115,6 +133,11 @@ def _real(name: str, value: float, low: float, high: float) -> None:
     if wrong_type or not math.isfinite(value) or not low <= value <= high:
         span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
         raise InputError(f"{name} must be a finite number {span}, got {value!r}")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _size(name: str, value: int | None) -> None:

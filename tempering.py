@@ -2,17 +2,16 @@
 
 | symbol | name here      | meaning                                                            |
 |--------|----------------|--------------------------------------------------------------------|
-| x      | latents        | (B, channels, h, w), at the noise level of the step to come        |
+| x      | latents        | (1, channels, h, w), at the noise level of the step to come        |
 | x0     | x0             | clean latents that the denoiser predicts from x                    |
 | eps    | eps            | noise that the denoiser predicts, guidance included                |
 | alpha  | alpha          | signal scale at a timestep, sqrt(alphas_cumprod)                   |
 | sigma  | sigma          | noise scale, sqrt(1 - alphas_cumprod): x = alpha x0 + sigma eps    |
 | g      | guidance_scale | weight of classifier-free guidance                                 |
-| u_i    | uncertainty    | of class i (segmentation.py)                                       |
-| gamma  | gamma          | share of fresh noise in eps, per pixel: 1 - exp(-k u_i) in class i |
+| gamma  | gamma          | share of fresh noise in eps, per pixel (annealing.py)              |
 
 The method is Alberto García Núñez's (master's thesis, UNIR); the re-noising here stays on the
-scheduler's own schedule for every k.
+scheduler's own schedule for every k, and rounds of it are simulated annealing proper.
 """
 
 from __future__ import annotations
@@ -29,17 +28,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
 from errors import InputError, ModelError
 from segmentation import (
-    NONE,
     ClipSeg,
-    class_matrix,
-    classify,
+    View,
     embed_prompts,
     latents_to_rgb,
     linear_map,
     segment,
-    uncertainty,
+    view_of,
 )
 from settings import Tempering, check_prompts
 
@@ -53,14 +51,12 @@ DEFAULTS = Tempering()
 
 
 @dataclass(frozen=True)
-class View:
-    """What CLIPSeg saw in one picture."""
+class Round:
+    """What came of one round: the best energy that it found, and whether it was kept."""
 
-    image: Image.Image
-    probabilities: Tensor  # (C, H, W) float32 in 0..1, at CLIPSeg's own resolution
-    labels: Tensor  # (H, W) int64, the class of each pixel, -1 for none
-    matrix: Tensor  # (C, C) float64, the class matrix
-    uncertainty: Tensor  # (C,) float64
+    backsteps: int
+    energy: float
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,9 @@ class Result:
 
     image: Image.Image
     plain: Image.Image | None  # the untempered picture of the same seed, where it was asked for
-    interrupted: View  # what CLIPSeg saw at `stoptime`
+    interrupted: View  # what CLIPSeg saw at `stoptime`, before any round
+    kept: View | None  # what it saw there in what was kept; None for a single round: no look
+    rounds: tuple[Round, ...]  # those that ran; empty for a single round
     seed: int
     unet_calls: int  # U-Net evaluations; both halves of guidance count as one
 
@@ -99,30 +97,33 @@ def temper(
     return painter.temper([seed], compare=compare, progress=progress)[0]
 
 
-def gammas(views: Sequence[View], k: float, size: tuple[int, int]) -> Tensor:
-    """Share of fresh noise (B, 1, h, w), float32 in 0..1: 1 - exp(-k u_i) in class i, else 0."""
-    maps = []
-    for view in views:
-        of_class = (1 - (-k * view.uncertainty).exp()).float()  # (C,)
-        gamma = of_class[view.labels.clamp(min=0)].masked_fill(view.labels == NONE, 0.0)
-        maps.append(F.adaptive_avg_pool2d(gamma[None], size))
-    return torch.stack(maps)
+@dataclass(frozen=True)
+class State:
+    """A picture at `stoptime`: its branch, paused there, and what is about to be painted."""
+
+    branch: Branch
+    x0: Tensor  # (1, channels, h, w) float32
+    eps: Tensor  # the same
+    view: View
 
 
-def mix_noise(eps: Tensor, fresh: Tensor, gamma: Tensor, scale: float = 1.0) -> Tensor:
-    """sqrt(1 - gamma) eps + sqrt(gamma) scale fresh: unit variance for every gamma at scale 1.
+@dataclass
+class Walk:
+    """The way of one picture through the rounds."""
 
-    For independent eps and fresh noise of unit variance; as in Noise Diffusion (arXiv:2411.16503).
-    """
-    return (1 - gamma).sqrt() * eps + gamma.sqrt() * scale * fresh
+    first: State
+    kept: State
+    generator: torch.Generator  # of everything random from `stoptime` on
+    branches: list[Branch]  # all that were begun, the plain picture's first
+    rounds: list[Round]
 
 
 class Painter:
     """A pipeline and a CLIPSeg with the text of one run encoded: paints, looks and tempers.
 
     `prompts` holds the prompts of each of the B pictures of a batch, the same number for each.
-    One painter serves any number of seeds, so text is encoded once. Raises InputError for prompts
-    that are missing or empty.
+    One painter serves any number of batches, so text is encoded once. Raises InputError for prompts
+    that are missing or empty, or not as many for each picture.
     """
 
     def __init__(
@@ -134,6 +135,12 @@ class Painter:
     ) -> None:
         for each in prompts:
             check_prompts(each)
+        counts = dict.fromkeys(len(each) for each in prompts)
+        if len(counts) != 1:
+            raise InputError(
+                f"pictures of a batch must have the same number of prompts, got "
+                f"{' and '.join(map(str, counts)) or 'no picture'}"
+            )
         self.pipe = pipe
         self.clipseg = clipseg
         self.settings = settings
@@ -157,96 +164,180 @@ class Painter:
         it was made in (beyond floating-point rounding).
         """
         report = progress or (lambda calls: None)
-        trunk = self.start(seeds)
-        for calls in descend(self, [trunk], self.settings.stoptime):
-            report(calls)
-        x0, eps = trunk.prediction()
-        views = self.look(self.preview(x0))
+        trunks = self.start(seeds)
+        self.descend(trunks, self.settings.stoptime, report)
+        walks = [self._walk(state) for state in self.examine(trunks)]
+        tempered = self.anneal(walks, report) if self.settings.rounds > 1 else self.once(walks)
+        # A picture that was good enough at once is its own plain picture: one branch, not two.
+        branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
+        self.descend(branches, self.settings.steps, report)
 
-        height, width = x0.shape[-2:]
-        gamma = gammas(views, self.settings.k, (height, width))
-        tempered = self.go_back(trunk, x0, eps, gamma)
-        branches = [trunk, tempered] if compare else [tempered]
-        for calls in descend(self, branches, self.settings.steps):
-            report(calls)
-
-        images = self.decode(tempered.latents)
-        plain = self.decode(trunk.latents) if compare else [None] * len(seeds)
+        images = self._decode_all(tempered)
+        plain = self._decode_all(trunks) if compare else [None] * len(seeds)
         self.pipe.maybe_free_model_hooks()
-        calls = trunk.evaluations + tempered.evaluations
         return [
-            Result(image, before, view, seed, calls)
-            for image, before, view, seed in zip(images, plain, views, seeds, strict=True)
+            Result(
+                image=image,
+                plain=before,
+                interrupted=walk.first.view,
+                kept=walk.kept.view if self.settings.rounds > 1 else None,
+                rounds=tuple(walk.rounds),
+                seed=seed,
+                unet_calls=sum(branch.evaluations for branch in walk.branches),
+            )
+            for image, before, walk, seed in zip(images, plain, walks, seeds, strict=True)
         ]
 
+    def once(self, walks: Sequence[Walk]) -> list[Branch]:
+        """The seed's tempering: every picture goes back once, and what comes of it is taken."""
+        return [self.propose(walk, self.settings.backsteps) for walk in walks]
+
+    def anneal(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
+        """The branches that are kept after all rounds, each paused at `stoptime`.
+
+        A round goes back from the kept states of the pictures whose energy is still above
+        `accept`; the others have left the batch.
+        """
+        settings = self.settings
+        for number in range(1, settings.rounds + 1):
+            depth = cooled_depth(settings.backsteps, settings.cooling, number)
+            temperature = cooled_temperature(settings.temperature, number, settings.rounds)
+            hot = [walk for walk in walks if walk.kept.view.energy > settings.accept]
+            if not hot:
+                break
+            proposed = [
+                self.propose(walk, depth) for walk in hot for _ in range(settings.candidates)
+            ]
+            self.descend(proposed, settings.stoptime, report)
+            found = iter(self.examine(proposed))
+            for walk in hot:
+                states = [next(found) for _ in range(settings.candidates)]
+                settle(walk, states, depth, temperature)
+        return [walk.kept.branch for walk in walks]
+
+    def propose(self, walk: Walk, backsteps: int) -> Branch:
+        """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
+        state, settings = walk.kept, self.settings
+        height, width = state.x0.shape[-2:]
+        gamma = gamma_map(
+            state.view,
+            (height, width),
+            k=settings.k,
+            background=settings.background,
+            by_pixel=settings.uncertainty == "pixel",
+        )
+        branch = self.go_back(state, settings.stoptime - backsteps, gamma, walk.generator)
+        walk.branches.append(branch)
+        return branch
+
     def unet_calls(self, *, compare: bool) -> int:
-        """U-Net evaluations of one tempered picture, with its plain one where `compare` is set."""
-        trunk, tempered = self._branch(0, []), self._branch(self._return_step, [])
-        end = self.settings.steps if compare else self.settings.stoptime
-        return trunk.evaluations_until(end) + tempered.evaluations_until(self.settings.steps)
+        """U-Net evaluations of one tempered picture, with its plain one where `compare` is set.
 
-    @property
-    def _return_step(self) -> int:
-        return self.settings.stoptime - self.settings.backsteps
+        With several rounds this is the most that it can take.
+        """
+        settings = self.settings
+        stop, end = settings.stoptime, settings.steps
+        plain = self._counter(0)
+        to_the_end = plain.evaluations_until(end) - plain.evaluations_until(stop)
+        total = plain.evaluations_until(stop) + to_the_end * compare
+        if settings.rounds == 1:
+            return total + self._counter(stop - settings.backsteps).evaluations_until(end)
+        for number in range(1, settings.rounds + 1):
+            depth = cooled_depth(settings.backsteps, settings.cooling, number)
+            total += settings.candidates * self._counter(stop - depth).evaluations_until(stop)
+        return total + to_the_end
 
-    def look(self, images: Sequence[Image.Image]) -> list[View]:
-        """CLIPSeg's view of each of the B pictures."""
-        views = []
-        found = segment(self.clipseg, images, self.embeddings)
-        for image, probabilities in zip(images, found, strict=True):
-            labels = classify(probabilities, self.settings.threshold)
-            matrix = class_matrix(probabilities, labels)
-            views.append(View(image, probabilities, labels, matrix, uncertainty(matrix)))
-        return views
+    def _counter(self, step: int) -> Branch:
+        """A branch that only tells how many evaluations there are from `step` on."""
+        return self.branch(0, step, torch.Generator())
 
-    def start(self, seeds: Sequence[int]) -> Branch:
-        """Pure noise, drawn as diffusers' pipeline draws it, with one CPU generator a picture."""
-        branch = self._branch(0, [torch.Generator().manual_seed(seed) for seed in seeds])
+    def examine(self, branches: Sequence[Branch]) -> list[State]:
+        """The states of branches that have stopped, with what CLIPSeg sees in them."""
+        predictions = [branch.prediction() for branch in branches]
+        images = self.preview(torch.cat([x0 for x0, _ in predictions]))
+        views = self.look(images, [branch.row for branch in branches])
+        return [
+            State(branch, x0, eps, view)
+            for branch, (x0, eps), view in zip(branches, predictions, views, strict=True)
+        ]
+
+    def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
+        """CLIPSeg's view of each image; `rows` says whose prompts (default: of all B in order)."""
+        embeddings = self.embeddings if rows is None else self.embeddings[list(rows)]
+        found = segment(self.clipseg, images, embeddings)
+        return [
+            view_of(image, probabilities, self.settings.threshold)
+            for image, probabilities in zip(images, found, strict=True)
+        ]
+
+    def start(self, seeds: Sequence[int]) -> list[Branch]:
+        """A branch a seed, of pure noise as diffusers' pipeline draws it from a CPU generator.
+
+        Raises InputError for seeds that are not as many as the batch's pictures, and for a size
+        that is no multiple of the VAE's factor.
+        """
+        batch = len(self.embeddings)
+        if len(seeds) != batch:
+            raise InputError(
+                f"a batch must have {batch} seed{'s' * (batch > 1)}, one a list of prompts, got "
+                f"{len(seeds)}"
+            )
         unet = self.pipe.unet.config
         factor = self.pipe.vae_scale_factor
         height = self.settings.height or unet.sample_size * factor
         width = self.settings.width or unet.sample_size * factor
         if height % factor or width % factor:
             raise InputError(f"sizes must be multiples of {factor} pixels, got {width}x{height}")
-        shape = (len(seeds), unet.in_channels, height // factor, width // factor)
-        noise = self._noise(shape, branch.generators, self.contexts[0].dtype)
-        branch.latents = noise * branch.scheduler.init_noise_sigma
-        return branch
+        shape = (1, unet.in_channels, height // factor, width // factor)
+        branches = []
+        for row, seed in enumerate(seeds):
+            branch = self.branch(row, 0, torch.Generator().manual_seed(seed))
+            noise = self.noise(shape, branch.generator, self.contexts[0].dtype)
+            branch.latents = noise * branch.scheduler.init_noise_sigma
+            branches.append(branch)
+        return branches
 
-    def go_back(self, trunk: Branch, x0: Tensor, eps: Tensor, gamma: Tensor) -> Branch:
-        """A new branch from the noise level of step stoptime - backsteps.
+    def go_back(self, state: State, step: int, gamma: Tensor, generator: torch.Generator) -> Branch:
+        """A new branch from the noise level of `step`; `state` stays as it is.
 
-        x <- alpha x0 + sigma (sqrt(1 - gamma) eps + sqrt(gamma) fresh noise); `trunk` stays as it
-        is, and any multistep history is left with it. All tensors are (B, channels, h, w).
+        x <- alpha x0 + sigma (sqrt(1 - gamma) eps + sqrt(gamma) fresh noise), with `gamma`
+        (1, 1, h, w). A multistep scheduler's history is left behind.
         """
-        # The trunk's random streams go on here: fresh noise never repeats the noise at the start.
-        branch = self._branch(
-            self._return_step, [_clone(generator) for generator in trunk.generators]
-        )
+        branch = self.branch(state.branch.row, step, generator)
         if not len(branch.timesteps):
-            branch.latents = trunk.latents  # no step was undone: there is no noise left to change
+            branch.latents = state.branch.latents  # no step was undone: there is no noise left
             return branch
-        fresh = self._noise(x0.shape, branch.generators, torch.float32)
-        noise = mix_noise(eps, fresh, gamma.to(eps.device), self.settings.cfg_rescale / 10)
-        latents = branch.scheduler.add_noise(x0, noise, branch.timesteps[:1])
-        branch.latents = latents.to(trunk.latents.dtype)
+        fresh = self.noise(state.x0.shape, generator, torch.float32)
+        scale = self.settings.cfg_rescale / 10
+        noise = mix_noise(state.eps, fresh, gamma.to(state.eps.device), scale)
+        latents = branch.scheduler.add_noise(state.x0, noise, branch.timesteps[:1])
+        branch.latents = latents.to(state.branch.latents.dtype)
         return branch
+
+    def descend(self, branches: Sequence[Branch], until: int, report: Progress) -> None:
+        """Denoise `branches` until step `until`; `report` hears of every U-Net call."""
+        for calls in descend(self, branches, until):
+            report(calls)
 
     def predict(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
         """The U-Net's input and guided output for branches at one timestep, in one batch."""
         inputs = [branch.model_input() for branch in branches]
+        rows = [branch.row for branch in branches]
         output = self.pipe.unet(
             torch.cat(inputs * len(self.contexts)),
             branches[0].timestep,
-            encoder_hidden_states=torch.cat(
-                [context for context in self.contexts for _ in branches]
-            ),
+            encoder_hidden_states=torch.cat([context[rows] for context in self.contexts]),
             return_dict=False,
         )[0]
-        if self.guided:
-            negative, positive = output.chunk(2)
-            output = negative + self.settings.guidance_scale * (positive - negative)
-        return list(zip(inputs, output.chunk(len(branches)), strict=True))
+        guided = self.guide(output.chunk(len(self.contexts)))
+        return list(zip(inputs, guided.chunk(len(branches)), strict=True))
+
+    def guide(self, outputs: Sequence[Tensor]) -> Tensor:
+        """One output of the U-Net's for each of `contexts`: classifier-free guidance."""
+        if not self.guided:
+            return outputs[0]
+        negative, positive = outputs
+        return negative + self.settings.guidance_scale * (positive - negative)
 
     def preview(self, x0: Tensor) -> list[Image.Image]:
         """Pictures of predicted clean latents, by the VAE or by the linear map."""
@@ -261,7 +352,7 @@ class Painter:
         return linear_map(self.pipe.vae, self.device)
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of clean latents, as diffusers' pipeline makes them.
+        """Pictures of clean latents (B, channels, h, w), as diffusers' pipeline makes them.
 
         Raises ModelError for pixels that are not finite, as fp16 overflows give them.
         """
@@ -272,35 +363,59 @@ class Painter:
             raise ModelError(f"the picture is not finite in {dtype}; --dtype fp32 or bf16 may help")
         return self._pictures(pixels)
 
+    def _decode_all(self, branches: Sequence[Branch]) -> list[Image.Image]:
+        return self.decode(torch.cat([branch.latents for branch in branches]))
+
     def _pictures(self, pixels: Tensor) -> list[Image.Image]:
         normal = [True] * len(pixels)
         processor = self.pipe.image_processor
         return list(processor.postprocess(pixels, output_type="pil", do_denormalize=normal))
 
-    def _noise(
-        self, shape: Sequence[int], generators: list[torch.Generator], dtype: torch.dtype
-    ) -> Tensor:
-        return randn_tensor(tuple(shape), generator=generators, device=self.device, dtype=dtype)
+    def noise(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """Noise of unit variance, the same on every device."""
+        return randn_tensor(tuple(shape), generator=generator, device=self.device, dtype=dtype)
 
-    def _branch(self, step: int, generators: list[torch.Generator]) -> Branch:
+    def branch(self, row: int, step: int, generator: torch.Generator) -> Branch:
+        """A branch of picture `row` of the batch from `step` on; its latents are to be set."""
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
             raise InputError("PNDM must be used with skip_prk_steps=True, got False")
         scheduler.set_timesteps(self.settings.steps, device=self.device)
-        extra = self.pipe.prepare_extra_step_kwargs(generators, eta=0.0)
-        return Branch(scheduler, step, generators, extra)
+        extra = self.pipe.prepare_extra_step_kwargs(generator, eta=0.0)
+        return Branch(scheduler, row, step, generator, extra)
+
+    def _walk(self, state: State) -> Walk:
+        # The trunk's random stream goes on here: fresh noise never repeats the noise at the start.
+        generator = _clone(state.branch.generator)
+        return Walk(state, state, generator, [state.branch], [])
+
+
+def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: float) -> None:
+    """End a round: the best of `proposed` takes the place of the kept state, or does not."""
+    best = min(proposed, key=lambda state: state.view.energy)
+    draw = float(torch.rand((), generator=walk.generator))
+    kept = keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
+    walk.rounds.append(Round(backsteps, best.view.energy, kept))
+    if kept:
+        walk.kept = best
 
 
 class Branch:
-    """A batch of pictures on its way down a schedule of its own, from a given step."""
+    """One picture on its way down a schedule of its own, from a given step."""
 
-    latents: Tensor  # (B, channels, h, w)
+    latents: Tensor  # (1, channels, h, w)
 
     def __init__(
-        self, scheduler: Any, step: int, generators: list[torch.Generator], extra: dict[str, Any]
+        self,
+        scheduler: Any,
+        row: int,
+        step: int,
+        generator: torch.Generator,
+        extra: dict[str, Any],
     ) -> None:
         self.scheduler = scheduler
-        self.generators = generators
+        self.row = row  # of the batch's text
+        self.generator = generator
         self.evaluations = 0
         self._extra = extra
         self._step = step
@@ -392,7 +507,7 @@ def descend(painter: Painter, branches: Sequence[Branch], until: int) -> Iterato
         meeting = [branch for branch in waiting if branch.level == level]
         for branch, (model_input, output) in zip(meeting, painter.predict(meeting), strict=True):
             branch.step(model_input, output)
-        yield sum(len(branch.latents) for branch in meeting)
+        yield len(meeting)
 
 
 def _clone(generator: torch.Generator) -> torch.Generator:

@@ -41,7 +41,7 @@ from settings import VERSION
 
 REPOSITORY = Path(main.__file__).parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-STEPS = ("--steps", "4", "--stoptime", "3", "--backsteps", "1")
+STEPS = ("--steps", "4", "--stoptime", "3", "--backsteps", "1", "--rounds", "1")
 FEW = ("--model", "pocket", "--device", "cpu", *STEPS)
 CALLS = 4 + 1 + 1  # of the U-Net, for a cycle of so few steps
 PAINT, MEASURE = "--tempered_inference", "--evaluate"
@@ -154,10 +154,10 @@ def files_in_readme() -> tuple[set[str], set[str]]:
 def test_a_picture_leaves_the_files_of_readme(picture: Done, tmp_path: Path) -> None:
     told, _ = files_in_readme()
     assert picture.code == 0
-    assert names(picture.folder) == told == {*PICTURES, "run.json"}
+    assert names(picture.folder) == {*PICTURES, "run.json"} == told - {"kept.png"}
     alone = call(PAINT, *FEW, "--output", str(tmp_path))
     assert alone.code == 0
-    assert names(alone.folder) == told - {"plain.png"}
+    assert names(alone.folder) == told - {"plain.png", "kept.png"}
     difference = pixels(alone.folder / "tempered.png") - pixels(picture.folder / "tempered.png")
     assert np.abs(difference).max() <= 1  # --compare adds a picture, and changes none
 
@@ -176,7 +176,8 @@ def test_a_picture_tells_its_figures_and_its_folder_and_nothing_else(picture: Do
 def test_the_pictures_carry_their_parameters(picture: Done) -> None:
     settings = "Steps: 4, Sampler: Euler, CFG scale: 7.5, Seed: 2024, Size: 64x64, Model: pocket"
     tempered = "Tempering stoptime: 3, Tempering backsteps: 1, Tempering k: 4.0, "
-    tempered += "Tempering cfg_rescale: 10.0"
+    tempered += "Tempering cfg_rescale: 10.0, Tempering uncertainty: class, "
+    tempered += "Tempering background: 0.0, Tempering rounds: 1"
     made_by = f"Version: Tempering {VERSION}"
     folder = picture.folder
     assert parameters(folder / "plain.png") == f"{PROMPT}\n{settings}, {made_by}"
@@ -214,6 +215,42 @@ def test_run_json_tells_of_the_run(picture: Done) -> None:
     matrix = np.array(seen["class_matrix"])
     certainty = np.maximum(matrix.diagonal() * (1 - matrix[[0, 1], [1, 0]]), SMALLEST)
     assert seen["uncertainty"] == pytest.approx(-np.log(certainty), rel=1e-4)
+
+
+ROUNDS = ("--rounds", "2", "--accept", "0", "--candidates", "2")
+
+
+def test_rounds_are_told_in_run_json_and_on_the_picture(tmp_path: Path) -> None:
+    done = call(PAINT, *FEW, *ROUNDS, "--output", str(tmp_path))
+    assert (done.code, done.err) == (0, "")
+    assert names(done.folder) == {*PICTURES, "kept.png", "run.json"} - {"plain.png"}
+    run = done.run
+    assert [row["backsteps"] for row in run["rounds"]] == [1, 1]
+    lowest = min(row["energy"] for row in run["rounds"])
+    assert run["kept"]["energy"] == min(run["interrupted"]["energy"], lowest)
+    assert run["unet_calls"] == 3 + 2 * 2 * 1 + 1
+    text = parameters(done.folder / "tempered.png")
+    assert "Tempering rounds: 2, Tempering accept: 0.0," in text
+    assert text.count("Tempering candidates: 2") == 1
+
+
+def test_a_picture_that_is_good_enough_is_plain(tmp_path: Path) -> None:
+    content = ("--rounds", "5", "--accept", "100")
+    done = call(PAINT, *FEW, *content, "--compare", "--output", str(tmp_path))
+    assert done.code == 0
+    assert done.run["rounds"] == []
+    assert done.run["unet_calls"] == 4
+    assert_same_pixels(done.folder / "plain.png", done.folder / "tempered.png")
+
+
+def assert_same_pixels(a: Path, b: Path) -> None:
+    np.testing.assert_array_equal(pixels(a), pixels(b))
+
+
+def test_an_evaluation_counts_the_rounds_that_ran(tmp_path: Path) -> None:
+    done = call(MEASURE, *FEW, *ROUNDS, "--cycles", "2", "--output", str(tmp_path))
+    assert done.code == 0
+    assert [row["rounds"] for row in rows_of(done.folder)] == [2, 2]
 
 
 def test_nothing_in_run_json_names_a_folder_of_this_machine(picture: Done) -> None:

@@ -30,7 +30,7 @@ INIT_ALONE = {"--test"}
 PAINT, MEASURE = "--tempered_inference", "--evaluate"
 FEW = (
     *("--model", "pocket", "--device", "cpu"),
-    *("--steps", "4", "--stoptime", "3", "--backsteps", "1"),
+    *("--steps", "4", "--stoptime", "3", "--backsteps", "1", "--rounds", "1"),
 )
 ONE_FLOW = "exactly one of --tempered_inference, --evaluate, --update is needed, got"
 STEPS = "a whole number in 1..1000 (the steps of the model's own schedule)"
@@ -77,6 +77,28 @@ BAD: dict[str, tuple[list[str], str]] = {
     "k nan": ([PAINT, "--k", "nan"], "k must be a finite number of at least 0, got nan"),
     "k inf": ([PAINT, "--k", "inf"], "k must be a finite number of at least 0, got inf"),
     "k -inf": ([PAINT, "--k=-inf"], "k must be a finite number of at least 0, got -inf"),
+    "rounds 0": ([PAINT, "--rounds", "0"], "rounds must be a whole number of at least 1, got 0"),
+    "rounds that go nowhere": (
+        [PAINT, "--rounds", "2", "--backsteps", "0", "--stoptime", "9"],
+        "backsteps with several rounds must be a whole number in 1..9 (the stoptime), got 0",
+    ),
+    "accept -1": (
+        [PAINT, "--accept", "-1"],
+        "accept must be a finite number of at least 0, got -1.0",
+    ),
+    "temperature nan": (
+        [PAINT, "--temperature", "nan"],
+        "temperature must be a finite number of at least 0, got nan",
+    ),
+    "cooling 2": ([PAINT, "--cooling", "2"], "cooling must be a finite number in 0..1, got 2.0"),
+    "candidates 0": (
+        [MEASURE, "--candidates", "0"],
+        "candidates must be a whole number of at least 1, got 0",
+    ),
+    "background 2": (
+        [PAINT, "--background", "2"],
+        "background must be a finite number in 0..1, got 2.0",
+    ),
     "cfg_rescale nan": (
         [PAINT, "--cfg_rescale", "nan"],
         "cfg_rescale must be a finite number of at least 0, got nan",

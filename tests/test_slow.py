@@ -86,10 +86,10 @@ def plain_picture(models: Path, clipseg: ClipSeg, settings: Tempering) -> Pixels
     # The scheduler that the model comes with.
     pipe: Any = load_pipeline(folder, scheduler="pndm", device="cpu", dtype="fp32")
     painter = Painter(pipe, clipseg, [PROMPTS], settings)
-    trunk = painter.start([7])
-    for _ in descend(painter, [trunk], settings.steps):
+    trunks = painter.start([7])
+    for _ in descend(painter, trunks, settings.steps):
         pass
-    return np.asarray(painter.decode(trunk.latents)[0])
+    return np.asarray(painter.decode(trunks[0].latents)[0])
 
 
 def diffusers_picture(models: Path, settings: Tempering) -> Pixels:

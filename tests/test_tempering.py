@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from errors import InputError
 from loaders import SCHEDULERS, load_pipeline, set_scheduler
-from segmentation import NONE, ClipSeg
-from tempering import Branch, Painter, Tempering, View, descend, gammas, mix_noise, temper
+from segmentation import ClipSeg, View
+from tempering import Branch, Painter, State, Tempering, descend, temper
 
 PROMPTS = ["a black dog", "a toy robot"]
-SEEDED = Tempering(steps=20, stoptime=15, backsteps=5)
-FEW = Tempering(steps=8, stoptime=6, backsteps=3)
+SEEDED = Tempering(steps=20, stoptime=15, backsteps=5, rounds=1)
+FEW = Tempering(steps=8, stoptime=6, backsteps=3, rounds=1)
 DETERMINISTIC = [name for name in SCHEDULERS if name != "euler ancestral"]
 
 
@@ -63,10 +64,10 @@ def test_the_plain_branch_alone_is_diffusers_picture_to_the_bit(
         steps=8, stoptime=6, backsteps=3, guidance_scale=guidance_scale, negative_prompt="a red cat"
     )
     painter = Painter(any_pipe, clipseg, [PROMPTS], settings)
-    trunk = painter.start([7])
-    for _ in descend(painter, [trunk], settings.steps):
+    trunks = painter.start([7])
+    for _ in descend(painter, trunks, settings.steps):
         pass
-    ours = painter.decode(trunk.latents)[0]
+    ours = painter.decode(trunks[0].latents)[0]
     assert farthest(ours, diffusers_picture(any_pipe, settings, 7)) == 0
 
 
@@ -91,7 +92,7 @@ def test_comparing_does_not_change_the_tempered_picture(
 def test_k_0_and_no_step_back_is_the_plain_picture(
     pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
-    settings = Tempering(steps=8, stoptime=6, backsteps=0, k=0)
+    settings = Tempering(steps=8, stoptime=6, backsteps=0, k=0, rounds=1)
     result = temper(pipe, clipseg, PROMPTS, settings, seed=7)
     assert farthest(result.image, diffusers_picture(pipe, settings, 7)) <= 1
 
@@ -99,7 +100,7 @@ def test_k_0_and_no_step_back_is_the_plain_picture(
 def test_going_back_after_the_last_step_by_none_changes_nothing(
     pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
-    settings = Tempering(steps=8, stoptime=8, backsteps=0, k=100)
+    settings = Tempering(steps=8, stoptime=8, backsteps=0, k=100, rounds=1)
     result = temper(pipe, clipseg, PROMPTS, settings, seed=7)
     assert farthest(result.image, diffusers_picture(pipe, settings, 7)) == 0
 
@@ -107,11 +108,16 @@ def test_going_back_after_the_last_step_by_none_changes_nothing(
 def test_k_0_gives_back_the_plain_picture_within_a_tolerance(
     deterministic_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
-    """The way is walked twice with other discretisation errors: README states the tolerance."""
+    """The way is walked twice with other discretisation errors: README states the tolerance.
+
+    PNDM's own error is large at few steps and such guidance (20/255 on the pocket at 20 steps).
+    """
+    finer = 3 if isinstance(deterministic_pipe.scheduler, PNDMScheduler) else 1
+    way = Tempering(steps=20 * finer, stoptime=15 * finer, backsteps=5 * finer, rounds=1)
     away = {}
     for k in (0.0, 1e6):
         # Threshold 0 gives every pixel to a class, so that a large k forgets the whole picture.
-        settings = Tempering(k=k, threshold=0)
+        settings = replace(way, k=k, threshold=0)
         painter = Painter(deterministic_pipe, clipseg, [PROMPTS], settings)
         away[k] = [distance_from_plain(painter, seed) for seed in range(2)]
     assert max(away[0.0]) < 8
@@ -125,12 +131,15 @@ def distance_from_plain(painter: Painter, seed: int) -> float:
     return float(np.abs(np.asarray(result.plain, int) - np.asarray(result.image, int)).mean())
 
 
-def uniform_view(u: float) -> View:
-    """A picture that is all class 0, with uncertainty `u`."""
-    labels = torch.zeros(4, 4, dtype=torch.int64)
-    return View(
-        Image.new("RGB", (4, 4)), labels[None].float(), labels, torch.eye(1), torch.tensor([u])
-    )
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def paused(painter: Painter, x0: torch.Tensor, eps: torch.Tensor) -> State:
+    """A state with these predictions."""
+    nothing = torch.zeros(1, 1, 1)
+    view = View(Image.new("RGB", (1, 1)), nothing, nothing[0].long(), nothing[0], nothing[0, 0])
+    return State(painter.start([7])[0], x0, eps, view)
 
 
 @torch.no_grad()
@@ -140,10 +149,9 @@ def test_renoised_latents_have_the_schedulers_variance(
 ) -> None:
     painter = Painter(any_pipe, clipseg, [PROMPTS], SEEDED)
     shape = (1, 4, 256, 256)
-    eps = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    trunk = painter.start([7])
-    gamma = gammas([uniform_view(0.7)], k, (256, 256))
-    branch = painter.go_back(trunk, torch.full(shape, 2.0), eps, gamma)
+    eps = torch.randn(shape, generator=rng(1))
+    gamma = torch.full((1, 1, 1, 1), 1 - np.exp(-0.7 * k))
+    branch = painter.go_back(paused(painter, torch.full(shape, 2.0), eps), 10, gamma, rng(2))
 
     assert float(branch.timestep) == float(painter_timesteps(painter)[10])
     # As the U-Net sees it: alpha x0 plus noise of sigma squared at the level that it is told of.
@@ -156,7 +164,7 @@ def test_renoised_latents_have_the_schedulers_variance(
 
 def painter_timesteps(painter: Painter) -> torch.Tensor:
     """The distinct timesteps of the whole schedule, noisiest first."""
-    return painter.start([0]).timesteps.unique().flip(0)
+    return painter.start([0])[0].timesteps.unique().flip(0)
 
 
 @torch.no_grad()
@@ -168,37 +176,25 @@ def test_cfg_rescale_scales_the_fresh_noise_in_tenths(
     spread = {}
     for scale in (5.0, 10.0):
         painter = Painter(pipe, clipseg, [PROMPTS], Tempering(cfg_rescale=scale))
-        spread[scale] = painter.go_back(painter.start([7]), zeros, zeros, all_fresh).latents.std()
+        back = painter.go_back(paused(painter, zeros, zeros), 10, all_fresh, rng(7))
+        spread[scale] = back.latents.std()
     assert float(spread[5.0] / spread[10.0]) == pytest.approx(0.5, rel=1e-4)
-
-
-def test_mixed_noise_keeps_unit_variance_for_every_gamma() -> None:
-    rng = torch.Generator().manual_seed(1)
-    eps, fresh = torch.randn(2, 1_000_000, generator=rng)
-    for gamma in (0.0, 0.1, 0.5, 0.9, 1.0):
-        mixed = mix_noise(eps, fresh, torch.tensor(gamma))
-        assert mixed.var().item() == pytest.approx(1, rel=0.01)
-    assert torch.equal(mix_noise(eps, fresh, torch.tensor(0.0)), eps)
-    assert torch.equal(mix_noise(eps, fresh, torch.tensor(1.0)), fresh)
-
-
-def test_gamma_follows_the_uncertainty_of_each_class_and_spares_the_rest() -> None:
-    labels = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [NONE] * 4, [NONE] * 4])
-    u = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    view = View(Image.new("RGB", (4, 4)), torch.zeros(2, 4, 4), labels, torch.eye(2), u)
-    found = gammas([view], 1.5, (2, 2))[0, 0]
-    expected = [[1 - np.exp(-0.75), 1 - np.exp(-3.0)], [0, 0]]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_fresh_noise_is_not_the_noise_at_the_start(
     pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
-    painter = Painter(pipe, clipseg, [PROMPTS], SEEDED)
-    trunk = painter.start([7])
-    zeros, all_fresh = torch.zeros(trunk.latents.shape), torch.ones(1, 1, 1, 1)
-    fresh = painter.go_back(trunk, zeros, zeros, all_fresh).latents
-    pair = torch.stack([trunk.latents.flatten(), fresh.flatten()])
+    """The stream of a seed goes on: were it begun anew, the start would be drawn again."""
+    drawn: list[torch.Tensor] = []
+
+    class Recorder(Painter):
+        def noise(self, *args: Any) -> torch.Tensor:
+            drawn.append(super().noise(*args))
+            return drawn[-1]
+
+    Recorder(pipe, clipseg, [PROMPTS], FEW).temper([7])
+    start, fresh = drawn
+    pair = torch.stack([start.flatten(), fresh.flatten()])
     assert abs(float(torch.corrcoef(pair)[0, 1])) < 0.15  # 1,024 values: 0.03 standard error
 
 
@@ -247,10 +243,95 @@ def test_a_picture_does_not_depend_on_its_batch(
 def test_every_legal_stop_and_way_back_runs(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg, stoptime: int, backsteps: int
 ) -> None:
-    settings = Tempering(steps=8, stoptime=stoptime, backsteps=backsteps)
+    settings = Tempering(steps=8, stoptime=stoptime, backsteps=backsteps, rounds=1)
     result = temper(any_pipe, clipseg, PROMPTS, settings, compare=True)
     assert result.plain is not None
     assert farthest(result.plain, diffusers_picture(any_pipe, settings, 2024)) <= 1
+
+
+ROUNDS = Tempering(steps=8, stoptime=5, backsteps=4, rounds=3, accept=0)
+
+
+def test_a_picture_that_is_good_enough_is_the_plain_one_and_costs_no_more(
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    settings = replace(ROUNDS, accept=1e9)
+    result = temper(any_pipe, clipseg, PROMPTS, settings, seed=7, compare=True)
+    assert result.rounds == ()
+    assert result.plain is not None
+    assert farthest(result.image, result.plain) == 0
+    assert farthest(result.image, diffusers_picture(any_pipe, settings, 7)) == 0
+    painter = Painter(any_pipe, clipseg, [PROMPTS], settings)
+    assert result.unet_calls == painter.start([7])[0].evaluations_until(settings.steps)
+
+
+def test_rounds_keep_only_what_lowers_the_energy(
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    result = temper(any_pipe, clipseg, PROMPTS, ROUNDS, seed=7)
+    assert len(result.rounds) == ROUNDS.rounds
+    lowest = result.interrupted.energy
+    for each in result.rounds:
+        assert each.kept == (each.energy < lowest)
+        lowest = min(lowest, each.energy)
+    assert result.kept is not None
+    assert result.kept.energy == lowest
+
+
+def test_what_no_round_could_better_is_the_plain_picture(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempering.keeps", lambda *_: False)
+    result = temper(pipe, clipseg, PROMPTS, ROUNDS, seed=7)
+    assert farthest(result.image, diffusers_picture(pipe, ROUNDS, 7)) <= 1
+
+
+def test_a_very_high_temperature_keeps_all_but_the_last_round(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    """In the last round the temperature is 0."""
+    settings = replace(ROUNDS, temperature=1e9)
+    rounds = temper(pipe, clipseg, PROMPTS, settings, seed=7).rounds
+    assert [each.kept for each in rounds[:-1]] == [True, True]
+    assert rounds[-1].kept == (rounds[-1].energy < rounds[-2].energy)
+
+
+def test_the_calls_of_all_rounds_are_counted_and_foretold(
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    settings = replace(ROUNDS, candidates=2, cooling=0.5)
+    reported: list[int] = []
+    with_hook: list[int] = []
+    hook = any_pipe.unet.register_forward_pre_hook(
+        lambda _, args: with_hook.append(len(args[0]) // 2)
+    )
+    try:
+        result = temper(any_pipe, clipseg, PROMPTS, settings, progress=reported.append)
+    finally:
+        hook.remove()
+    assert [each.backsteps for each in result.rounds] == [4, 2, 1]
+    assert sum(with_hook) == sum(reported) == result.unet_calls
+    assert result.unet_calls == Painter(any_pipe, clipseg, [PROMPTS], settings).unet_calls(
+        compare=False
+    )
+
+
+def test_pictures_that_are_done_leave_the_batch_and_change_nothing_for_the_others(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    seeds = [3, 4, 5]
+    energies = [
+        temper(pipe, clipseg, PROMPTS, ROUNDS, seed=seed).interrupted.energy for seed in seeds
+    ]
+    lowest, middle, highest = sorted(energies)
+    settings = replace(ROUNDS, accept=(middle + highest) / 2)  # the worst goes on alone
+    assert lowest <= middle < highest
+    together = Painter(pipe, clipseg, [PROMPTS] * 3, settings).temper(seeds)
+    assert [bool(found.rounds) for found in together] == [e == max(energies) for e in energies]
+    for seed, found in zip(seeds, together, strict=True):
+        alone = temper(pipe, clipseg, PROMPTS, settings, seed=seed)
+        assert farthest(alone.image, found.image) <= 1
+        assert alone.unet_calls == found.unet_calls
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -259,7 +340,7 @@ def test_x0_and_eps_follow_from_every_prediction_type(
 ) -> None:
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=kind)
     scheduler.set_timesteps(20)
-    branch = Branch(scheduler, 5, [], {})
+    branch = Branch(scheduler, 0, 5, rng(1), {})
     alpha = float(1 / (1 + scheduler.sigmas[5] ** 2)) ** 0.5
     sigma = (1 - alpha**2) ** 0.5
     x0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -282,7 +363,7 @@ def test_one_prompt_and_three_prompts_are_tempered(
 
 @pytest.mark.parametrize("preview", ["vae", "linear"])
 def test_offloading_changes_nothing(clipseg: ClipSeg, preview: str) -> None:
-    settings = Tempering(steps=4, stoptime=3, backsteps=1, preview=preview)
+    settings = Tempering(steps=4, stoptime=3, backsteps=1, preview=preview, rounds=1)
     expected = temper(load_pipeline("pocket", device="cpu"), clipseg, PROMPTS, settings)
     offloaded = load_pipeline("pocket", device="cpu")
     for part in (offloaded.unet, offloaded.vae):
@@ -296,7 +377,7 @@ def test_the_linear_preview_has_the_colours_of_the_vaes(
     pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     views = [
-        temper(pipe, clipseg, PROMPTS, Tempering(preview=preview), seed=7).interrupted.image
+        temper(pipe, clipseg, PROMPTS, replace(SEEDED, preview=preview), seed=7).interrupted.image
         for preview in ("vae", "linear")
     ]
     small = [np.asarray(view.resize((16, 16), Image.Resampling.BOX)).ravel() for view in views]
@@ -304,7 +385,9 @@ def test_the_linear_preview_has_the_colours_of_the_vaes(
 
 
 def test_sizes_and_the_linear_preview(pipe: StableDiffusionPipeline, clipseg: ClipSeg) -> None:
-    settings = Tempering(steps=4, stoptime=3, backsteps=1, height=64, width=96, preview="linear")
+    settings = Tempering(
+        steps=4, stoptime=3, backsteps=1, height=64, width=96, preview="linear", rounds=1
+    )
     result = temper(pipe, clipseg, PROMPTS, settings)
     assert result.image.size == (96, 64)
     assert result.interrupted.image.size == (96, 64)
@@ -318,6 +401,15 @@ def test_the_users_pipeline_keeps_its_scheduler(
     temper(pipe, clipseg, PROMPTS, FEW)
     assert pipe.scheduler is before
     assert dict(before.config) == config
+
+
+def test_a_batch_is_as_many_seeds_as_prompt_lists_of_one_length(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    with pytest.raises(InputError, match="1 seed, one a list of prompts, got 3"):
+        Painter(pipe, clipseg, [PROMPTS], FEW).temper([1, 2, 3])
+    with pytest.raises(InputError, match="the same number of prompts, got 2 and 1"):
+        Painter(pipe, clipseg, [PROMPTS, PROMPTS[:1]], FEW)
 
 
 @pytest.mark.parametrize("prompts", [[], ["a dog", " "]])

@@ -42,7 +42,10 @@ def main() -> None:
 
 
 def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
-    """Run `stages`, each with what it builds upon."""
+    """Run `stages`, each with what it builds upon.
+
+    A tokenizer remembers how it padded last: what is exported has never been used.
+    """
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     studio = Studio(work / "packages")
@@ -51,9 +54,10 @@ def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
     if "unet" in stages:
         vae = train_vae(seen.images, work)
         denoiser = train_unet(scaled_latents(vae, seen, work), seen.scenes, tokenizer, work)
-        export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, tokenizer)
+        export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, new_tokenizer())
     if "clipseg" in stages:
-        export_clipseg(WEIGHTS / "clipseg", train_clipseg(seen, tokenizer, work), tokenizer)
+        clipseg = train_clipseg(seen, tokenizer, work)
+        export_clipseg(WEIGHTS / "clipseg", clipseg, new_tokenizer())
     if "judge" in stages:
         export_judge(train_judge(studio, work, degrade=round_trip(train_vae(seen.images, work))))
 

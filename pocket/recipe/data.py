@@ -20,8 +20,11 @@ from pocket.recipe.packages import STYLES, drawings
 from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, caption, seen_pairs
 
 SIZE = 64  # pixels
+# Sizes and places are multiples of one latent: a drawing then has the same latents wherever it
+# stands, and the U-Net has a fraction of the patterns to learn.
+GRID = 4  # pixels
 # Range of the longer side of a subject in pixels, by the number of subjects in the picture.
-SUBJECT_SIZES = {1: (24, 58), 2: (24, 36), 3: (20, 28)}
+SUBJECT_SIZES = {1: (24, 56), 2: (24, 36), 3: (20, 28)}
 # Share of pictures with one, two and three subjects, as in web pictures: most show one.
 SUBJECT_COUNTS = {1: 0.70, 2: 0.27, 3: 0.03}
 UNCOLOURED = (
@@ -165,15 +168,20 @@ def scene_of(nouns: list[Noun], rng: random.Random) -> Scene:
 
 
 def place(count: int, rng: random.Random) -> list[tuple[int, int, int]]:
-    """`count` boxes (left, top, side) inside the picture with little overlap."""
+    """`count` boxes (left, top, side) on the grid inside the picture with little overlap."""
     while True:
         boxes: list[tuple[int, int, int]] = []
         for _ in range(count):
-            side = rng.randint(*SUBJECT_SIZES[count])
-            boxes.append((rng.randint(0, SIZE - side), rng.randint(0, SIZE - side), side))
+            side = on_grid(*SUBJECT_SIZES[count], rng)
+            boxes.append((on_grid(0, SIZE - side, rng), on_grid(0, SIZE - side, rng), side))
         pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
         if all(_overlap(a, b) <= MAX_OVERLAP for a, b in pairs):
             return boxes
+
+
+def on_grid(low: int, high: int, rng: random.Random) -> int:
+    """A multiple of `GRID` from `low` to `high`, both multiples themselves."""
+    return GRID * rng.randint(low // GRID, high // GRID)
 
 
 def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:

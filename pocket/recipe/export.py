@@ -36,6 +36,16 @@ def export_stable_diffusion(
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     _write_slow_tokenizer(tokenizer, folder / "tokenizer")
     _load_as_float32(folder / "text_encoder")
+    _only_the_schedule(folder / "scheduler" / "scheduler_config.json")
+
+
+def _only_the_schedule(path: Path) -> None:
+    """Drop this scheduler's own defaults: another one would take them for the model's wish."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = ("_class_name", "_diffusers_version", "steps_offset", *SCHEDULE)
+    path.write_text(
+        json.dumps({name: config[name] for name in kept}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def export_clipseg(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from pocket.world import COLOUR_NAMES, JOINERS, SUBJECTS
@@ -58,3 +59,10 @@ def encode(word: str, merges: list[Merge]) -> list[str]:
             else:
                 merged.append(piece)
         pieces = merged
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str], length: int = MAX_LENGTH) -> Tensor:
+    """Token ids (B, length) as Stable Diffusion pads them."""
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids

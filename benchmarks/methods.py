@@ -1,0 +1,265 @@
+"""The methods that the laboratory compares: one function each, from the same initial latents.
+
+A method paints a batch of cases and says what each picture cost, in U-Net calls: evaluations of the
+U-Net, of which the two halves of classifier-free guidance are one. Neither are the backward passes
+counted that Attend-and-Excite needs, nor what looking costs: a decoding and a run of CLIPSeg for
+every picture that best of N and tempering look at. The seconds show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.pipelines import StableDiffusionAttendAndExcitePipeline
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.prompts import Prompt
+from segmentation import ClipSeg
+from settings import Tempering
+from tempering import Branch, Painter, descend
+
+# Seeds of a picture's further candidates, far from those of other pictures.
+NEXT_CANDIDATE = 1_000_003
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to be painted."""
+
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A picture and what it cost."""
+
+    image: Image.Image
+    unet_calls: float
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a method may use. The judge is not among it."""
+
+    pipe: StableDiffusionPipeline
+    clipseg: ClipSeg
+
+    def painter(
+        self, cases: Sequence[Case], settings: Tempering, kind: type[Painter] = Painter
+    ) -> Painter:
+        """A painter of `cases`, which share one joiner."""
+        settings = replace(settings, joiner=cases[0].prompt.joiner)
+        return kind(self.pipe, self.clipseg, [case.prompt.phrases for case in cases], settings)
+
+
+Method = Callable[[Models, Sequence[Case]], list[Painted]]
+
+
+def seeds(cases: Sequence[Case]) -> list[int]:
+    return [case.seed for case in cases]
+
+
+def paint(painter: Painter, branches: Sequence[Branch]) -> list[Image.Image]:
+    """Denoise to the end and decode."""
+    for _ in descend(painter, branches, painter.settings.steps):
+        pass
+    return painter.decode(torch.cat([branch.latents for branch in branches]))
+
+
+@torch.no_grad()
+def plain(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
+    """The sampler as it is."""
+    painter = models.painter(cases, settings)
+    branches = painter.start(seeds(cases))
+    images = paint(painter, branches)
+    return [Painted(i, b.evaluations) for i, b in zip(images, branches, strict=True)]
+
+
+def tempered(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
+    """This program."""
+    results = models.painter(cases, settings).temper(seeds(cases))
+    return [Painted(result.image, result.unet_calls) for result in results]
+
+
+@torch.no_grad()
+def best_of_n(
+    models: Models, cases: Sequence[Case], settings: Tempering, n: int, accept: float
+) -> list[Painted]:
+    """Of `n` pictures the one of the lowest energy; none is painted after one of `accept` or less.
+
+    The same CLIPSeg and the same energy as the tempering's.
+    """
+    best: list[tuple[float, Image.Image] | None] = [None] * len(cases)
+    calls = [0] * len(cases)
+    for number in range(n):
+        rows = [i for i, found in enumerate(best) if found is None or found[0] > accept]
+        if not rows:
+            break
+        painter = models.painter([cases[i] for i in rows], settings)
+        branches = painter.start([cases[i].seed + number * NEXT_CANDIDATE for i in rows])
+        images = paint(painter, branches)
+        for i, branch, view in zip(rows, branches, painter.look(images), strict=True):
+            calls[i] += branch.evaluations
+            found = best[i]
+            if found is None or view.energy < found[0]:
+                best[i] = view.energy, view.image
+    return [Painted(found[1], cost) for found, cost in zip(best, calls, strict=True) if found]
+
+
+class ComposablePainter(Painter):
+    """Composable Diffusion (Liu et al. 2022, arXiv:2206.01714): the sum of the sub-prompts' scores.
+
+    eps = eps_negative + weight sum_i (eps_i - eps_negative)
+    """
+
+    weight: float
+
+    def guide(self, outputs: Sequence[Tensor]) -> Tensor:
+        negative, *positives = outputs
+        terms = torch.stack([positive - negative for positive in positives])
+        return negative + self.weight * terms.sum(dim=0)
+
+
+@torch.no_grad()
+def composable(
+    models: Models, cases: Sequence[Case], settings: Tempering, weight: float
+) -> list[Painted]:
+    """Composable Diffusion, `weight` for each sub-prompt."""
+    painter = models.painter(cases, settings, ComposablePainter)
+    assert isinstance(painter, ComposablePainter)
+    painter.weight = weight
+    phrases = [phrase for case in cases for phrase in case.prompt.phrases]
+    each, _ = models.pipe.encode_prompt(phrases, painter.device, 1, False)
+    classes = len(cases[0].prompt.nouns)
+    painter.contexts = [painter.contexts[0], *each.unflatten(0, (-1, classes)).unbind(1)]
+    branches = painter.start(seeds(cases))
+    images = paint(painter, branches)
+    halves = (1 + classes) / 2
+    return [Painted(i, b.evaluations * halves) for i, b in zip(images, branches, strict=True)]
+
+
+@torch.no_grad()
+def restart(
+    models: Models, cases: Sequence[Case], settings: Tempering, times: int
+) -> list[Painted]:
+    """Restart sampling (Xu et al. 2023, arXiv:2306.14878): `times` times back with fresh noise.
+
+    From `stoptime` by `backsteps`, everywhere, whatever the picture shows. In Euler's scaling of
+    the latents: x + sqrt(sigma_hi^2 - sigma_lo^2) noise.
+    """
+    painter = models.painter(cases, settings)
+    stop, step = settings.stoptime, settings.stoptime - settings.backsteps
+    branches = painter.start(seeds(cases))
+    calls = [0] * len(cases)
+    for _ in range(times):
+        for _ in descend(painter, branches, stop):
+            pass
+        calls = [cost + branch.evaluations for cost, branch in zip(calls, branches, strict=True)]
+        branches = [noisier(painter, branch, stop, step) for branch in branches]
+    images = paint(painter, branches)
+    return [
+        Painted(image, cost + branch.evaluations)
+        for image, cost, branch in zip(images, calls, branches, strict=True)
+    ]
+
+
+def noisier(painter: Painter, branch: Branch, at: int, to: int) -> Branch:
+    """A branch from step `to` with the latents of one at step `at` and the noise between them."""
+    again = painter.branch(branch.row, to, branch.generator)
+    low, high = (again.scheduler.sigmas[step] for step in (at, to))
+    noise = painter.noise(branch.latents.shape, branch.generator, branch.latents.dtype)
+    again.latents = branch.latents + (high**2 - low**2).sqrt() * noise
+    return again
+
+
+def attend_and_excite(
+    models: Models, cases: Sequence[Case], settings: Tempering, scale_factor: float
+) -> list[Painted]:
+    """Attend-and-Excite (Chefer et al. 2023, arXiv:2301.13826) as diffusers has it.
+
+    Its schedule of 50 steps (altered in the first half, refined at steps 0, 10 and 20) is brought
+    to `steps`. It needs a scheduler that does not scale the model's input: DDIM, as in `ddim`. Its
+    looks at attention that change nothing, after the first half, are not counted.
+    """
+    parts = models.pipe.components
+    wanted = ("vae", "text_encoder", "tokenizer", "unet")
+    pipe = StableDiffusionAttendAndExcitePipeline(
+        **{name: parts[name] for name in wanted},
+        scheduler=ddim_scheduler(models.pipe),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    share = settings.steps / 50
+    options: dict[str, Any] = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "max_iter_to_alter": round(25 * share),
+        "thresholds": {round(step * share): goal for step, goal in REFINED.items()},
+        "scale_factor": scale_factor,
+        "attn_res": ATTENTION_SIZE,
+    }
+    painted = []
+    for case in cases:  # one at a time, so that each picture's cost is its own
+        with counted(pipe.unet) as halves:
+            image = pipe(
+                case.prompt.text,
+                subject_tokens(pipe.tokenizer, case.prompt),
+                generator=torch.Generator().manual_seed(case.seed),
+                **options,
+            ).images[0]
+        idle = settings.steps - options["max_iter_to_alter"]
+        painted.append(Painted(image, (sum(halves) - idle) / 2))
+    return painted
+
+
+@torch.no_grad()
+def ddim(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
+    """The plain picture by DDIM: what Attend-and-Excite is to be held against."""
+    pipe = models.pipe
+    euler = pipe.scheduler
+    pipe.scheduler = ddim_scheduler(pipe)
+    try:
+        return plain(models, cases, settings)
+    finally:
+        pipe.scheduler = euler
+
+
+def ddim_scheduler(pipe: StableDiffusionPipeline) -> DDIMScheduler:
+    """DDIM on the model's schedule, with the spacing of timesteps that its steps assume."""
+    return DDIMScheduler.from_config(
+        pipe.scheduler.config,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="leading",
+    )
+
+
+REFINED = {0: 0.05, 10: 0.5, 20: 0.8}  # step of 50 -> attention that every subject must reach
+ATTENTION_SIZE = (8, 8)  # the pocket's finest cross-attention
+
+
+def subject_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The places in the tokenized prompt where its subjects are named, by their last word."""
+    ids = tokenizer(prompt.text).input_ids
+    names = [tokenizer(noun.subject).input_ids[-2] for noun in prompt.nouns]
+    return [ids.index(name) for name in names]
+
+
+@contextmanager
+def counted(unet: torch.nn.Module) -> Iterator[list[int]]:
+    """The batch size of every evaluation of `unet` meanwhile."""
+    halves: list[int] = []
+    hook = unet.register_forward_pre_hook(lambda _, args: halves.append(len(args[0])))
+    try:
+        yield halves
+    finally:
+        hook.remove()
