@@ -161,6 +161,7 @@ def judged(methods: Mapping[str, Method], cases: Cases, processes: int) -> list[
         for batch in batches(name, subset, row, known[name])
     ]
     if waiting:
+        folder().mkdir(parents=True, exist_ok=True)
         for batch, rows in painted(methods, waiting, processes):
             for row in rows:
                 outputs.append_json_line(file_of(methods[batch.method]), row)

@@ -273,7 +273,7 @@ def test_subsets_share_no_seed() -> None:
 def test_pictures_that_were_judged_are_not_painted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "folder", lambda: tmp_path)
+    monkeypatch.setattr(quality, "folder", lambda: tmp_path / "work" / "new")
     chosen = {PLAIN: partial(methods.plain, settings=FEW)}
     prompts = {"animal_object": [case.prompt for case in CASES]}
     first = quality.judged(chosen, quality.drawn(prompts, 3, 10), processes=1)
