@@ -2,7 +2,7 @@
 
     python -m benchmarks.search [TOPIC ...] [--pictures 60]
 
-Prints a table a topic and writes benchmarks/results/search.json. What it found stands in
+Prints a table a topic and writes benchmarks/results/search.json. What it finds belongs in
 `settings.Tempering` (the defaults) and in `benchmarks.roster` (the other methods).
 """
 
