@@ -1,7 +1,8 @@
 """Which methods the laboratory compares, with what settings.
 
-First guesses: `benchmarks.search` is there to choose better ones, and they belong here. `name@budget`
-is a method with more or less to spend, as a multiple of the plain sampler's U-Net calls.
+First guesses: `benchmarks.search` is there to choose better ones, and they belong here.
+`name@budget` is a method with more or less to spend, as a multiple of the plain sampler's U-Net
+calls.
 """
 
 from __future__ import annotations
