@@ -19,7 +19,7 @@ from pocket.recipe.tokenizer import tokenize
 from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
-PLAN = Plan(steps=5000, batch=32, lr=1e-3, ema=0.998, decay=0.6, seed=3, compiled=True)
+PLAN = Plan(steps=5000, batch=32, lr=1e-3, ema=0.998, decay=0.6, seed=3)
 TEXT_WIDTH, VISION_WIDTH = 128, 192
 SUBJECT_NAMES, COLOUR_NAMES_AND_NONE = 1 + len(SUBJECTS), len(COLOUR_NAMES) + 1
 PROMPTS = 4  # a picture: its subjects first, then near misses and strangers

@@ -20,11 +20,11 @@ from pocket.recipe.packages import STYLES, drawings
 from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, caption, seen_pairs
 
 SIZE = 64  # pixels
-# Sizes and places are multiples of one latent: a drawing then has the same latents wherever it
+# Sizes and places are multiples of two latents: a drawing then has the same latents wherever it
 # stands, and the U-Net has a fraction of the patterns to learn.
-GRID = 4  # pixels
+GRID = 8  # pixels
 # Range of the longer side of a subject in pixels, by the number of subjects in the picture.
-SUBJECT_SIZES = {1: (24, 56), 2: (24, 36), 3: (20, 28)}
+SUBJECT_SIZES = {1: (24, 56), 2: (24, 32), 3: (24, 24)}
 # Share of pictures with one, two and three subjects, as in web pictures: most show one.
 SUBJECT_COUNTS = {1: 0.70, 2: 0.27, 3: 0.03}
 UNCOLOURED = (

@@ -16,10 +16,13 @@ from pocket.recipe.tokenizer import tokenize
 from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import caption
 
-PLAN = Plan(steps=16_000, batch=48, lr=1e-3, ema=0.999, decay=0.37, seed=2, compiled=True)
+PLAN = Plan(steps=20_000, batch=96, lr=1e-3, ema=0.999, decay=0.4, seed=2)
 WIDTH = 128  # of the text encoder and of the cross-attention
 CAPTION_DROPOUT = 0.1  # share of empty captions: what classifier-free guidance subtracts
 MAX_WEIGHT = 10.0  # of a loss; reached in the last fifteenth of the schedule
+# Timesteps are 1000 u^0.6, u uniform: a sixth of them below 350 instead of a third. Restored from
+# there a picture comes back whole at once; what goes wrong goes wrong in the noisier ones.
+TIMESTEP_EXPONENT = 0.6
 
 # Stable Diffusion v1's own schedule.
 SCHEDULE = {
@@ -93,7 +96,8 @@ def train_unet(
         ids = tokenize(tokenizer, [words(scenes[i], rng) for i in picks.tolist()])
         x0 = latents[picks].float()
         noise = torch.randn(x0.shape, generator=rng)
-        timesteps = torch.randint(1000, (plan.batch,), generator=rng)
+        uniform = torch.rand(plan.batch, generator=rng)
+        timesteps = (1000 * uniform**TIMESTEP_EXPONENT).long().clamp(max=999)
         noisy = schedule.add_noise(x0, noise, timesteps).to(memory_format=torch.channels_last)
         with bf16():
             predicted = denoiser(noisy, timesteps, ids)
