@@ -65,7 +65,7 @@ def fit(
     path = work / f"{name}.pt"
     first = _restore(path, states)
     model.train()
-    # Not compiled: torch.compile of 2.13.0 loses the gradients of most of this U-Net on CPUs.
+    # Never compiled: on CPUs torch.compile (torch 2.13.0) zeroes most gradients of the U-Net.
     saved, smooth = time.monotonic(), None
     bar = tqdm(range(first, plan.steps), name, initial=first, total=plan.steps, mininterval=5)
     for step in bar:
