@@ -55,6 +55,7 @@ SOURCES = (
     "tempering.py",
 )
 LIBRARIES = ("torch", "diffusers", "transformers")
+DTYPE = "bf16"  # on CPUs with AMX 2 to 3 times as fast as fp32
 FIRST_SEED = 500_000
 SEEDS_A_SUBSET = 10_000
 TIMED = 3
@@ -196,7 +197,7 @@ def complete(method: Method, cases: Cases) -> bool:
 @cache
 def folder() -> Path:
     """Where rows are kept: another one for other weights, code of the algorithm or libraries."""
-    digest = hashlib.sha256(" ".join(map(version, LIBRARIES)).encode())
+    digest = hashlib.sha256(" ".join([DTYPE, *map(version, LIBRARIES)]).encode())
     sources = [HERE.parent / name for name in SOURCES]
     for file in [*sorted(path for path in POCKET.rglob("*") if path.is_file()), WEIGHTS, *sources]:
         digest.update(file.read_bytes())
@@ -259,9 +260,10 @@ def models_and_judge() -> tuple[Models, Judge]:
     """Loaded once a process."""
     global _loaded
     if _loaded is None:
-        pipe = load_pipeline("pocket", device="cpu")
+        pipe = load_pipeline("pocket", device="cpu", dtype=DTYPE)
         pipe.set_progress_bar_config(disable=True)
-        _loaded = Models(pipe, load_clipseg("pocket", device="cpu")), load_judge()
+        clipseg = load_clipseg("pocket", device="cpu", dtype=DTYPE)
+        _loaded = Models(pipe, clipseg), load_judge()
     return _loaded
 
 
