@@ -1,14 +1,14 @@
 """Make the pocket model: `python -m pocket.recipe` runs every stage, or goes on where it stopped.
 
 Stages: unet (with its text encoder and the autoencoder it needs), clipseg, judge; renders come
-first by themselves. Each keeps its state in the work folder, so that a killed run loses a few
-minutes at most; the finished weights go to pocket/weights and benchmarks.
+first by themselves, and the two others need the U-Net, whose pictures they learn to read. Each
+keeps its state in the work folder, so that a killed run loses a few minutes at most; the finished
+weights go to pocket/weights and benchmarks.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,8 +20,7 @@ from pocket.recipe.data import Pictures, Studio, pictures, training_scene
 from pocket.recipe.export import export_clipseg, export_stable_diffusion
 from pocket.recipe.judge import export_judge, train_judge
 from pocket.recipe.tokenizer import new_tokenizer
-from pocket.recipe.training import bf16
-from pocket.recipe.unet import train_unet
+from pocket.recipe.unet import previews, repaint, train_unet
 from pocket.recipe.vae import latents, train_vae
 
 HERE = Path(__file__).parent
@@ -51,26 +50,17 @@ def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
     studio = Studio(work / "packages")
     tokenizer = new_tokenizer()
     seen = pictures(studio, work, "train", PICTURES, training_scene)
+    vae = train_vae(seen.images, work)
+    codes = scaled_latents(vae, seen, work)
+    denoiser = train_unet(codes, seen.scenes, tokenizer, work)
     if "unet" in stages:
-        vae = train_vae(seen.images, work)
-        denoiser = train_unet(scaled_latents(vae, seen, work), seen.scenes, tokenizer, work)
         export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, new_tokenizer())
     if "clipseg" in stages:
-        clipseg = train_clipseg(seen, tokenizer, work)
+        preview = previews(denoiser, vae, codes, seen.scenes, tokenizer)
+        clipseg = train_clipseg(seen, preview, tokenizer, work)
         export_clipseg(WEIGHTS / "clipseg", clipseg, new_tokenizer())
     if "judge" in stages:
-        export_judge(train_judge(studio, work, degrade=round_trip(train_vae(seen.images, work))))
-
-
-def round_trip(vae: AutoencoderKL) -> Callable[[Tensor], Tensor]:
-    """What the autoencoder makes of images (N, 3, H, W) in -1..1: what the judge will be shown."""
-
-    @torch.no_grad()
-    def degrade(images: Tensor) -> Tensor:
-        with bf16():
-            return vae.decode(vae.encode(images).latent_dist.mean).sample.float()
-
-    return degrade
+        export_judge(train_judge(studio, work, degrade=repaint(denoiser, vae, tokenizer)))
 
 
 def scaled_latents(vae: AutoencoderKL, seen: Pictures, work: Path) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from pocket.recipe.tokenizer import tokenize
 from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
-PLAN = Plan(steps=5000, batch=32, lr=1e-3, ema=0.998, decay=0.6, seed=3)
+PLAN = Plan(steps=8000, batch=32, lr=1e-3, ema=0.998, decay=0.6, seed=3)
 TEXT_WIDTH, VISION_WIDTH = 128, 192
+# What the training pictures of these numbers look like while they are painted, (B, 3, 64, 64).
+Preview = Callable[[list[int], torch.Generator], Tensor]
 SUBJECT_NAMES, COLOUR_NAMES_AND_NONE = 1 + len(SUBJECTS), len(COLOUR_NAMES) + 1
 PROMPTS = 4  # a picture: its subjects first, then near misses and strangers
 PROMPT_LENGTH = 8  # tokens; "a blue toy robot" and its two marks take 6
@@ -137,11 +140,12 @@ def answers(noun: Noun, scene: Scene) -> list[int]:
 
 
 def train_clipseg(
-    pictures: Pictures, tokenizer: CLIPTokenizer, work: Path, plan: Plan = PLAN
+    pictures: Pictures, preview: Preview, tokenizer: CLIPTokenizer, work: Path, plan: Plan = PLAN
 ) -> CLIPSegForImageSegmentation:
     """Train from nothing, all parts together: binary cross-entropy a prompt, and names of cells.
 
-    It will be shown previews of unfinished pictures, so its lessons are worn too.
+    It will be shown previews of unfinished pictures, so every other lesson is one, by `preview`,
+    and all are worn.
     """
     # The background is most of every picture: weighted down, or the subjects are never learned.
     weights = torch.tensor([0.1] + [1.0] * len(SUBJECTS))
@@ -162,7 +166,9 @@ def train_clipseg(
         ).float()  # (B * P, H, W)
         cells = [named_cells(pictures.scenes[i], pictures.slots[i]) for i in picks]
         subjects, colours = (torch.from_numpy(np.stack(kind)) for kind in zip(*cells, strict=True))
-        images = worn(as_tensor(pictures.images[picks]), rng)
+        images = as_tensor(pictures.images[picks])
+        images[1::2] = preview(picks[1::2], rng)
+        images = worn(images, rng)
         with bf16():
             masks, subject, colour = lesson(images, ids.unflatten(0, (plan.batch, PROMPTS)))
         return (

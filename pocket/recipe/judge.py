@@ -58,7 +58,7 @@ from pocket.recipe.packages import STYLES
 from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
-PLAN = Plan(steps=8000, batch=64, lr=2e-3, ema=0.995, seed=4)
+PLAN = Plan(steps=16_000, batch=64, lr=2e-3, ema=0.995, seed=4)
 PICTURES = 40_000
 # Nine cells in ten are background; at full weight the subjects are never learnt.
 BACKGROUND_WEIGHT = 0.15
@@ -71,7 +71,7 @@ SAME_COLOUR = 36
 
 Floats = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
-# A round trip of images (N, 3, 64, 64) in -1..1 through what blurs them, such as an autoencoder.
+# A round trip of images (N, 3, 64, 64) in -1..1 through the networks that paint them.
 Degrade = Callable[[Tensor], Tensor]
 
 
@@ -499,7 +499,7 @@ def lessons(
     studio: Studio, folder: Path, name: str, count: int, degrade: Degrade | None = None
 ) -> Lessons:
     """Render `count` pictures once into `folder`; every other one goes through `degrade`."""
-    path = folder / f"{name}-{count}{'-degraded' if degrade else ''}.npz"
+    path = folder / f"{name}-{count}{'-repainted' if degrade else ''}.npz"
     if not path.exists():
         renders = [
             training_render(studio, random.Random(f"{name}/{i}"))

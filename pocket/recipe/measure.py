@@ -25,6 +25,7 @@ from loaders import load_clipseg, load_pipeline
 from pocket.images import Pixels, as_tensor
 from pocket.recipe.data import Pictures, Studio, pictures, training_scene
 from pocket.recipe.judge import measure_judge
+from pocket.recipe.unet import Denoiser, repaint
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
 from segmentation import ClipSeg, classify, embed_prompts, segment
 
@@ -78,12 +79,22 @@ def measure(work: Path, count: int) -> dict[str, Any]:
         "vae": vae_figures(pipe.vae, held_out, judge),
         "clipseg": clipseg_figures(load_clipseg("pocket", device="cpu"), held_out),
         "judge": measure_judge(judge, studio, 3000, seed=1),
+        "judge_repainted": measure_judge(
+            judge, studio, 3000, seed=1, degrade=repaint(denoiser(pipe), pipe.vae, pipe.tokenizer)
+        ),
         "single": {str(g): single_figures(pipe, judge, count, g) for g in GUIDANCE_SCALES},
         "pairs": {
             name: pair_figures(pipe, judge, [list(prompt.nouns) for prompt in prompts], count)
             for name, prompts in benchmark().items()
         },
     }
+
+
+def denoiser(pipe: StableDiffusionPipeline) -> Denoiser:
+    """The pipeline's U-Net and text encoder as they were trained."""
+    module = Denoiser(pipe.tokenizer)
+    module.unet, module.text_encoder = pipe.unet, pipe.text_encoder
+    return module.eval()
 
 
 def draw_samples(pipe: StableDiffusionPipeline) -> Image.Image:

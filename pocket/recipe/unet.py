@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -23,6 +24,9 @@ MAX_WEIGHT = 10.0  # of a loss; reached in the last fifteenth of the schedule
 # Timesteps are 1000 u^0.6, u uniform: a sixth of them below 350 instead of a third. Even weights
 # that drew badly restored 97 of 100 pictures from there; the noisier ones are the hard ones.
 TIMESTEP_EXPONENT = 0.6
+
+LAST_PREVIEW = 600  # timesteps below this: noisier predictions show nothing that has a place
+REPAINTED = 6  # steps of 20: noise of up to timestep 251, which leaves in place what is there
 
 # Stable Diffusion v1's own schedule.
 SCHEDULE = {
@@ -110,6 +114,64 @@ def train_unet(
     denoiser = fit("unet", Denoiser(tokenizer), loss, plan, work)
     assert isinstance(denoiser, Denoiser)
     return denoiser
+
+
+def previews(
+    denoiser: Denoiser,
+    vae: AutoencoderKL,
+    latents: Tensor,
+    scenes: list[Scene],
+    tokenizer: CLIPTokenizer,
+) -> Callable[[list[int], torch.Generator], Tensor]:
+    """What CLIPSeg is shown: decoded x0, as it is predicted at a random timestep.
+
+    The function returned takes numbers of `scenes` and a generator; its images are (B, 3, 64, 64).
+    """
+    schedule = DDPMScheduler(**SCHEDULE)
+
+    @torch.no_grad()
+    def preview(picks: list[int], rng: torch.Generator) -> Tensor:
+        ids = tokenize(tokenizer, [words(scenes[i], rng) for i in picks])
+        x0 = latents[picks].float()
+        noise = torch.randn(x0.shape, generator=rng)
+        timesteps = torch.randint(LAST_PREVIEW, (len(picks),), generator=rng)
+        noisy = schedule.add_noise(x0, noise, timesteps).to(memory_format=torch.channels_last)
+        alpha_squared = schedule.alphas_cumprod[timesteps][:, None, None, None]
+        with bf16():
+            predicted = denoiser(noisy, timesteps, ids).float()
+            clean = (noisy - (1 - alpha_squared).sqrt() * predicted) / alpha_squared.sqrt()
+            return vae.decode(clean / vae.config.scaling_factor).sample.float()
+
+    return preview
+
+
+def repaint(
+    denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> Callable[[Tensor], Tensor]:
+    """What the judge is shown: images as this model would have painted them.
+
+    The function returned encodes images (N, 3, 64, 64), noises them lightly, restores them with up
+    to `REPAINTED` steps of DDIM (Song et al. 2020, arXiv:2010.02502) and the empty prompt, and
+    decodes.
+    """
+    schedule = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    schedule.set_timesteps(20)
+    rng = torch.Generator().manual_seed(PLAN.seed)
+
+    @torch.no_grad()
+    def repainted(images: Tensor) -> Tensor:
+        timesteps = schedule.timesteps[-int(torch.randint(REPAINTED, (), generator=rng)) - 1 :]
+        ids = tokenize(tokenizer, [""] * len(images))
+        scale = vae.config.scaling_factor
+        with bf16():
+            x = vae.encode(images).latent_dist.mean.float() * scale
+            x = schedule.add_noise(x, torch.randn(x.shape, generator=rng), timesteps[:1])
+            for timestep in timesteps:
+                noise = denoiser(x, timestep, ids).float()
+                x = schedule.step(noise, timestep, x, return_dict=False)[0]
+            return vae.decode(x / scale).sample.float()
+
+    return repainted
 
 
 def words(scene: Scene, rng: torch.Generator) -> str:
