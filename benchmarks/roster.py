@@ -23,7 +23,7 @@ from settings import Tempering
 
 PLAIN = "plain"
 BARE = Tempering()
-ANNEALED = Tempering(rounds=3, stoptime=8, backsteps=8, k=0.5, background=1.0)
+ANNEALED = Tempering(rounds=4, stoptime=15, backsteps=12, k=1.0, background=1.0, accept=0.4)
 NEVER = -1.0  # no energy is as low: all candidates are painted
 
 ROSTER: dict[str, Method] = {
