@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial.distance import pdist, squareform
 from tqdm import tqdm
 
 import outputs
@@ -28,6 +29,7 @@ from pocket.world import Noun
 PROMPT = Prompt((Noun("dog", "black"), Noun("toy robot")), " next to ")  # the README's
 FIRST_SEED = 800_000
 RESAMPLES = 2000
+FEWEST = 10  # seeds: a resample of fewer may hold one picture alone, which has no spread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,14 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare the spread of methods' pictures over seeds with the plain sampler's.",
         allow_abbrev=False,
     )
-    parser.add_argument("--methods", nargs="+", metavar="NAME", default=["annealed"])
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", choices=list(ROSTER), default=["annealed"]
+    )
     parser.add_argument("--seeds", type=int, default=200, metavar="N")
     args = parser.parse_args(argv)
-    unknown = [name for name in args.methods if name not in ROSTER]
-    if unknown:
-        parser.error(f"--methods must be from {', '.join(ROSTER)}, got {unknown[0]}")
-    if args.seeds < 2:
-        parser.error(f"--seeds must be at least 2, got {args.seeds}")
+    if args.seeds < FEWEST:
+        parser.error(f"--seeds must be at least {FEWEST}, got {args.seeds}")
     models, _ = models_and_judge()
     spreads = {
         name: distances(latents(models, ROSTER[name], args.seeds))
@@ -73,9 +74,7 @@ def latents(models: Models, method: Method, count: int) -> NDArray[np.float64]:
 
 def distances(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Euclidean distances (N, N) between `points` (N, D), per root of the dimensions."""
-    squares = (points**2).sum(axis=1)
-    gaps = squares[:, None] + squares[None] - 2 * points @ points.T
-    return np.sqrt(gaps.clip(min=0) / points.shape[1])
+    return squareform(pdist(points)) / np.sqrt(points.shape[1])
 
 
 def spread(gaps: NDArray[np.float64], picks: NDArray[np.int64]) -> float:

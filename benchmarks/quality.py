@@ -55,7 +55,7 @@ SOURCES = (
     "tempering.py",
 )
 LIBRARIES = ("torch", "diffusers", "transformers")
-DTYPE = "bf16"  # on CPUs with AMX 2 to 3 times as fast as fp32
+DTYPE = "bf16"  # on CPUs with AMX more than twice as fast as fp32
 FIRST_SEED = 500_000
 SEEDS_A_SUBSET = 10_000
 TIMED = 3

@@ -76,7 +76,7 @@ TOPICS: dict[str, Topic] = {
         for stop, back, k in ONCE
     },
     "where to look": varied(stoptime=(4, 6, 8, 10, 12, 15), backsteps=(4, 6, 8, 10, 12, 15)),
-    "how far back": varied(backsteps=(4, 6, 7, 8)),
+    "how far back": varied(backsteps=(5, 8, 10, 12, 15)),
     "k": varied(k=(0.25, 0.5, 1.0, 2.0, 4.0, 1e6)),
     "background": varied(background=(0.0, 0.3, 1.0)),
     "uncertainty": varied(uncertainty=("class", "pixel")),

@@ -22,9 +22,9 @@ import outputs
 from benchmarks.judge import NO_COLOUR, Judge, Verdict, load_judge
 from benchmarks.prompts import benchmark
 from loaders import load_clipseg, load_pipeline
-from pocket.images import Pixels, as_tensor
+from pocket.images import Pixels
 from pocket.recipe.data import Pictures, Studio, pictures, training_scene
-from pocket.recipe.judge import measure_judge
+from pocket.recipe.judge import measure_judge, round_trip
 from pocket.recipe.unet import Denoiser, repaint
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
 from segmentation import ClipSeg, classify, embed_prompts, segment
@@ -120,8 +120,8 @@ def seconds_a_picture(pipe: StableDiffusionPipeline, runs: int = 5) -> float:
 @torch.no_grad()
 def vae_figures(vae: AutoencoderKL, held_out: Pictures, judge: Judge) -> dict[str, float]:
     """PSNR in dB (peak 255, mean over pictures), and colours told before and after a round trip."""
-    restored = np.concatenate(
-        [round_trip(vae, held_out.images[i : i + BATCH]) for i in range(0, HELD_OUT, BATCH)]
+    restored = round_trip(
+        held_out.images, lambda x: vae.decode(vae.encode(x).latent_dist.mean).sample
     )
     error = (restored.astype(float) - held_out.images) ** 2
     psnr = 10 * np.log10(255**2 / error.mean(axis=(1, 2, 3)))
@@ -130,12 +130,6 @@ def vae_figures(vae: AutoencoderKL, held_out: Pictures, judge: Judge) -> dict[st
         "colour_accuracy_before": colour_accuracy(judge, held_out, held_out.images),
         "colour_accuracy_after": colour_accuracy(judge, held_out, restored),
     }
-
-
-def round_trip(vae: AutoencoderKL, images: Pixels) -> Pixels:
-    decoded = vae.decode(vae.encode(as_tensor(images)).latent_dist.mean).sample
-    pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(0, 2, 3, 1).numpy()
 
 
 def colour_accuracy(judge: Judge, held_out: Pictures, images: Pixels) -> float:
