@@ -82,7 +82,8 @@ def class_map(view: View) -> Image:
 def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Image:
     """All pictures of the run side by side with their figures."""
     request = session.request
-    stop = f"after step {request.settings.stoptime} of {request.settings.steps}"
+    steps = request.settings.steps
+    stop = f"after step {result.interrupted_at} of {steps}"
     uncertain = ", ".join(f"{value:.2f}" for value in result.interrupted.uncertainty.tolist())
     panels = {
         "interrupted": Panel(
@@ -95,7 +96,10 @@ def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Imag
     }
     if result.kept:
         kept = sum(each.kept for each in result.rounds)
-        done = f"energy {result.interrupted.energy:.2f}, then {result.kept.energy:.2f}"
+        done = (
+            f"energy {result.interrupted.energy:.2f}, then {result.kept.energy:.2f} "
+            f"after step {result.kept_at}"
+        )
         lines = figures(result.kept), done
         title = f"kept: {kept} of {len(result.rounds)} rounds"
         panels["kept"] = Panel(title, result.kept.image, lines)
@@ -117,8 +121,8 @@ def describe(
         "seed": result.seed,
         "unet_calls": result.unet_calls,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "interrupted": seen_in(result.interrupted),
-        **({"kept": seen_in(result.kept)} if result.kept else {}),
+        "interrupted": {"step": result.interrupted_at, **seen_in(result.interrupted)},
+        **({"kept": {"step": result.kept_at, **seen_in(result.kept)}} if result.kept else {}),
         "rounds": [asdict(each) for each in result.rounds],
         **{
             name: {
@@ -131,7 +135,7 @@ def describe(
 
 
 def seen_in(view: View) -> dict[str, Any]:
-    """What CLIPSeg saw at `stoptime`, for run.json."""
+    """What CLIPSeg saw, for run.json."""
     return {
         "class_matrix": view.matrix.tolist(),
         "uncertainty": view.uncertainty.tolist(),

@@ -137,7 +137,9 @@ def chosen_flow(args: argparse.Namespace) -> str:
 
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
-    values = vars(args)
+    values = {**vars(args)}
+    if args.backsteps is None:
+        values["backsteps"] = min(Tempering.backsteps, args.stoptime)
     request = Request(
         prompts=tuple(args.prompts),
         settings=Tempering(**{field.name: values[field.name] for field in fields(Tempering)}),
@@ -212,7 +214,6 @@ def parser() -> Parser:
     numbers = (
         ("--steps", int, "N", "denoising steps"),
         ("--stoptime", int, "N", "interrupt after this many steps and look, 1..steps"),
-        ("--backsteps", int, "N", "go back by this many steps, 0..stoptime"),
         ("--k", float, "X", "how fast uncertainty turns into fresh noise; 0 adds none"),
         (
             "--background",
@@ -228,6 +229,13 @@ def parser() -> Parser:
             "times to go back, look again and keep the better; 1 does not look again",
         ),
         ("--accept", float, "X", "with rounds: an energy that is low enough to stop at"),
+        ("--early_look", int, "N", "with rounds: look after this many steps, too; 0 does not"),
+        (
+            "--early_accept",
+            float,
+            "X",
+            "with rounds: above this energy a picture goes no further than the early look",
+        ),
         (
             "--temperature",
             float,
@@ -242,6 +250,7 @@ def parser() -> Parser:
         ),
         ("--candidates", int, "N", "with rounds: pictures a round, of which the best counts"),
         ("--guidance_scale", float, "X", "weight of the prompt; 1 or less switches guidance off"),
+        ("--look_guidance", float, "X", "guidance of the picture that CLIPSeg is shown"),
         ("--threshold", float, "P", "a pixel below this probability belongs to no class"),
     )
     for flag, kind, metavar, text in numbers:
@@ -249,6 +258,11 @@ def parser() -> Parser:
             flag, type=kind, metavar=metavar, default=getattr(defaults, flag[2:]),
             help=f"{text} (default: %(default)g)",
         )  # fmt: skip
+    how.add_argument(
+        "--backsteps", type=int, metavar="N",
+        help=f"go back by this many steps, 0..stoptime (default: {defaults.backsteps}, or stoptime "
+        "where that is less)",
+    )  # fmt: skip
     how.add_argument(
         "--uncertainty", choices=UNCERTAINTIES, default=defaults.uncertainty,
         help="what fresh noise follows: each class's uncertainty or each pixel's own (default: "

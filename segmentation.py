@@ -8,6 +8,7 @@
 | p_i    | M[i, i], how confident class i is on its own pixels                         |
 | q_i    | mean of M[i, j] over j != i, how much the others shine through class i      |
 | u_i    | uncertainty of class i, -log(p_i (1 - q_i))                                 |
+| E      | energy of the picture, from its purest pixels (`energy`)                    |
 
 CLIPSeg: Lueddecke & Ecker 2022, arXiv:2112.10003.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 NONE = -1  # the label of a pixel that belongs to no class
 # Keeps the logarithm finite: a class that is not there at all has uncertainty -log(1e-6) = 13.8.
 SMALLEST = 1e-6
+# The share of a picture's pixels that must show a class for it to be there: the smallest subjects.
+PUREST = 0.03
 
 # Latents to RGB in -1..1 without a VAE, by the VAE's scaling factor, which tells the families of
 # Stable Diffusion apart: a row for each latent channel, then the bias.
@@ -73,14 +77,10 @@ class View:
     matrix: Tensor  # (C, C) float64, the class matrix
     uncertainty: Tensor  # (C,) float64
 
-    @property
+    @cached_property
     def energy(self) -> float:
-        """How far the picture is from showing every class, confident and pure, 0..13.8.
-
-        The mean uncertainty: C times it is -log of the product of all p_i (1 - q_i), the
-        probability that all is right if the classes were independent.
-        """
-        return float(self.uncertainty.mean())
+        """How far the picture is from showing every class, confident and pure, 0..13.8."""
+        return energy(self.probabilities)
 
 
 @torch.no_grad()
@@ -161,6 +161,24 @@ def uncertainty(matrix: Tensor) -> Tensor:
     p = matrix.diagonal()
     q = (matrix.sum(dim=1) - p) / max(1, classes - 1)
     return -(p * (1 - q)).clamp(min=SMALLEST).log()
+
+
+def energy(probabilities: Tensor) -> float:
+    """Energy of a picture, 0..13.8, from `probabilities` (C, H, W) in 0..1: its worst class counts.
+
+    E = max over i of -log(mean of s_i over its purest pixels), with s_i = p_i prod(1 - p_j), the
+    probability that a pixel shows class i and no other. The purest are the `PUREST` share of all
+    pixels that have the highest s_i: what a small subject covers. Unlike u_i it asks for no
+    threshold, and a class that is faintly everywhere does not pass for one that is there.
+    """
+    p = probabilities.double()
+    count = max(1, round(PUREST * p[0].numel()))
+    absent = 1 - p
+    alone = torch.stack(
+        [p[i] * absent[:i].prod(dim=0) * absent[i + 1 :].prod(dim=0) for i in range(len(p))]
+    )  # (C, H, W)
+    evidence = alone.flatten(1).topk(count, dim=1).values.mean(dim=1)  # (C,)
+    return float(-evidence.min().clamp(min=SMALLEST).log())
 
 
 def linear_map(vae: Any, device: torch.device | str) -> Tensor:

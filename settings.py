@@ -26,19 +26,22 @@ class Tempering:
 
     steps: int = 20  # denoising steps of a plain picture, 1..1000
     stoptime: int = 15  # interrupt after this many steps, 1..steps
-    backsteps: int = 5  # go back by this many steps, 0..stoptime
+    backsteps: int = 12  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
-    rounds: int = 1  # of going back, looking and deciding; 1 goes back once and takes what comes
-    accept: float = 0.1  # with rounds: a picture of this energy or less is good enough
+    rounds: int = 12  # of going back, looking and deciding; 1 goes back once, and takes what comes
+    accept: float = 0.8  # with rounds: a picture of this energy or less is good enough
+    early_look: int = 6  # with rounds: a look after this many steps, too; from stoptime on: none
+    early_accept: float = 2.0  # with rounds: above this energy a picture goes no further than that
     temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
     cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
     candidates: int = 1  # with rounds: pictures a round, of which the best is proposed
     uncertainty: str = "class"  # what gamma follows: a class's uncertainty, or each pixel's own
-    background: float = 0.0  # uncertainty of unclassified pixels, in the worst class's, 0..1
+    background: float = 1.0  # uncertainty of unclassified pixels, in the worst class's, 0..1
     guidance_scale: float = 7.5  # classifier-free guidance (Ho & Salimans 2022); <= 1 is none
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
+    look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
     preview: str = "vae"  # how the interrupted latents become a picture for CLIPSeg
     height: int | None = None  # pixels; None is the model's own size
@@ -51,21 +54,26 @@ class Tempering:
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
         _whole("rounds", self.rounds, 1, None)
-        if self.rounds > 1:
-            _whole(
-                "backsteps with several rounds", self.backsteps, 1, self.stoptime, " (the stoptime)"
-            )
         _real("accept", self.accept, 0, math.inf)
+        _whole("early_look", self.early_look, 0, None)
+        _real("early_accept", self.early_accept, 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
         _real("cooling", self.cooling, 0, 1)
         _whole("candidates", self.candidates, 1, None)
         _choice("uncertainty", self.uncertainty, UNCERTAINTIES)
         _real("background", self.background, 0, 1)
         _real("guidance_scale", self.guidance_scale, 0, math.inf)
+        _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
         _choice("preview", self.preview, PREVIEWS)
         for name in ("height", "width"):
             _size(name, getattr(self, name))
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The steps after which CLIPSeg looks, ascending; the last is `stoptime`."""
+        early = self.rounds > 1 and 0 < self.early_look < self.stoptime
+        return (self.early_look, self.stoptime) if early else (self.stoptime,)
 
 
 @dataclass(frozen=True)

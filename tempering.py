@@ -52,9 +52,10 @@ DEFAULTS = Tempering()
 
 @dataclass(frozen=True)
 class Round:
-    """What came of one round: the best energy that it found, and whether it was kept."""
+    """What came of one round: the best energy that it found, where, and whether it was kept."""
 
     backsteps: int
+    step: int  # the look that it came to: `stoptime`, or the early one
     energy: float
     kept: bool
 
@@ -65,8 +66,10 @@ class Result:
 
     image: Image.Image
     plain: Image.Image | None  # the untempered picture of the same seed, where it was asked for
-    interrupted: View  # what CLIPSeg saw at `stoptime`, before any round
-    kept: View | None  # what it saw there in what was kept; None for a single round: no look
+    interrupted: View  # what CLIPSeg saw before any round
+    interrupted_at: int  # step of that look
+    kept: View | None  # what it saw in what was kept; None for a single round: no look
+    kept_at: int | None
     rounds: tuple[Round, ...]  # those that ran; empty for a single round
     seed: int
     unet_calls: int  # U-Net evaluations; both halves of guidance count as one
@@ -99,9 +102,10 @@ def temper(
 
 @dataclass(frozen=True)
 class State:
-    """A picture at `stoptime`: its branch, paused there, and what is about to be painted."""
+    """A picture at a look: its branch, paused there, and what is about to be painted."""
 
     branch: Branch
+    step: int  # of the look, one of `Tempering.looks`
     x0: Tensor  # (1, channels, h, w) float32
     eps: Tensor  # the same
     view: View
@@ -165,8 +169,7 @@ class Painter:
         """
         report = progress or (lambda calls: None)
         trunks = self.start(seeds)
-        self.descend(trunks, self.settings.stoptime, report)
-        walks = [self._walk(state) for state in self.examine(trunks)]
+        walks = [self._walk(state) for state in self.follow(trunks, report)]
         tempered = self.anneal(walks, report) if self.settings.rounds > 1 else self.once(walks)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
@@ -180,7 +183,9 @@ class Painter:
                 image=image,
                 plain=before,
                 interrupted=walk.first.view,
+                interrupted_at=walk.first.step,
                 kept=walk.kept.view if self.settings.rounds > 1 else None,
+                kept_at=walk.kept.step if self.settings.rounds > 1 else None,
                 rounds=tuple(walk.rounds),
                 seed=seed,
                 unet_calls=sum(branch.evaluations for branch in walk.branches),
@@ -193,27 +198,50 @@ class Painter:
         return [self.propose(walk, self.settings.backsteps) for walk in walks]
 
     def anneal(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
-        """The branches that are kept after all rounds, each paused at `stoptime`.
+        """The branches that are kept after all rounds, each paused at the look it came to.
 
-        A round goes back from the kept states of the pictures whose energy is still above
-        `accept`; the others have left the batch.
+        A round goes back from the kept states of the pictures that are not good enough yet; the
+        others have left the batch.
         """
         settings = self.settings
         for number in range(1, settings.rounds + 1):
             depth = cooled_depth(settings.backsteps, settings.cooling, number)
             temperature = cooled_temperature(settings.temperature, number, settings.rounds)
-            hot = [walk for walk in walks if walk.kept.view.energy > settings.accept]
-            if not hot:
+            hot = [walk for walk in walks if not self.good(walk.kept)]
+            if not hot or not depth:  # going back by no step changes nothing
                 break
             proposed = [
                 self.propose(walk, depth) for walk in hot for _ in range(settings.candidates)
             ]
-            self.descend(proposed, settings.stoptime, report)
-            found = iter(self.examine(proposed))
+            found = iter(self.follow(proposed, report))
             for walk in hot:
                 states = [next(found) for _ in range(settings.candidates)]
                 settle(walk, states, depth, temperature)
         return [walk.kept.branch for walk in walks]
+
+    def follow(self, branches: Sequence[Branch], report: Progress) -> list[State]:
+        """Denoise to `stoptime`; the state of each branch at the last look that it came to.
+
+        One that looks bad at the early look is left there, as delayed acceptance spares the dear
+        test where the cheap one has failed (Christen & Fox 2005). A branch that starts later is
+        not looked at early.
+        """
+        found: dict[Branch, State] = {}
+        going = list(branches)
+        for step in self.settings.looks:
+            self.descend(going, step, report)
+            seen = [branch for branch in going if branch.first < step]
+            found.update(zip(seen, self.examine(seen, step), strict=True))
+            going = [each for each in going if each not in seen or self.promising(found[each])]
+        return [found[branch] for branch in branches]
+
+    def promising(self, state: State) -> bool:
+        return state.view.energy <= self.settings.early_accept
+
+    def good(self, state: State) -> bool:
+        """Whether no round is needed any more."""
+        settings = self.settings
+        return state.step == settings.stoptime and state.view.energy <= settings.accept
 
     def propose(self, walk: Walk, backsteps: int) -> Branch:
         """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
@@ -226,7 +254,7 @@ class Painter:
             background=settings.background,
             by_pixel=settings.uncertainty == "pixel",
         )
-        branch = self.go_back(state, settings.stoptime - backsteps, gamma, walk.generator)
+        branch = self.go_back(state, max(0, state.step - backsteps), gamma, walk.generator)
         walk.branches.append(branch)
         return branch
 
@@ -236,28 +264,34 @@ class Painter:
         With several rounds this is the most that it can take.
         """
         settings = self.settings
-        stop, end = settings.stoptime, settings.steps
+        early, stop, end = settings.looks[0], settings.stoptime, settings.steps
         plain = self._counter(0)
-        to_the_end = plain.evaluations_until(end) - plain.evaluations_until(stop)
-        total = plain.evaluations_until(stop) + to_the_end * compare
+        to_stop = plain.evaluations_until(stop)
+        to_the_end = plain.evaluations_until(end) - to_stop
+        total = to_stop + to_the_end * compare
         if settings.rounds == 1:
             return total + self._counter(stop - settings.backsteps).evaluations_until(end)
         for number in range(1, settings.rounds + 1):
             depth = cooled_depth(settings.backsteps, settings.cooling, number)
             total += settings.candidates * self._counter(stop - depth).evaluations_until(stop)
+        # A picture that is left at the early look spares the way from there to `stoptime` (not with
+        # `compare`, which paints it anyway); all candidates of one round may go it later.
+        total += (settings.candidates - 1 + compare) * (to_stop - plain.evaluations_until(early))
         return total + to_the_end
 
     def _counter(self, step: int) -> Branch:
         """A branch that only tells how many evaluations there are from `step` on."""
         return self.branch(0, step, torch.Generator())
 
-    def examine(self, branches: Sequence[Branch]) -> list[State]:
-        """The states of branches that have stopped, with what CLIPSeg sees in them."""
+    def examine(self, branches: Sequence[Branch], step: int) -> list[State]:
+        """The states of branches that are paused after `step`, with what CLIPSeg sees in them."""
+        if not branches:
+            return []
         predictions = [branch.prediction() for branch in branches]
-        images = self.preview(torch.cat([x0 for x0, _ in predictions]))
+        images = self.preview(torch.cat([branch.seen() for branch in branches]))
         views = self.look(images, [branch.row for branch in branches])
         return [
-            State(branch, x0, eps, view)
+            State(branch, step, x0, eps, view)
             for branch, (x0, eps), view in zip(branches, predictions, views, strict=True)
         ]
 
@@ -319,8 +353,12 @@ class Painter:
         for calls in descend(self, branches, until):
             report(calls)
 
-    def predict(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor]]:
-        """The U-Net's input and guided output for branches at one timestep, in one batch."""
+    def predict(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The U-Net's input and guided output for branches at one timestep, in one batch.
+
+        Each third is the output at `look_guidance`. Full guidance overshoots in the first half of
+        the way: there its x0 is glaring, and CLIPSeg can not tell good from bad in it.
+        """
         inputs = [branch.model_input() for branch in branches]
         rows = [branch.row for branch in branches]
         output = self.pipe.unet(
@@ -329,15 +367,18 @@ class Painter:
             encoder_hidden_states=torch.cat([context[rows] for context in self.contexts]),
             return_dict=False,
         )[0]
-        guided = self.guide(output.chunk(len(self.contexts)))
-        return list(zip(inputs, guided.chunk(len(branches)), strict=True))
+        outputs = output.chunk(len(self.contexts))
+        scale = self.settings.guidance_scale
+        guided = self.guide(outputs, scale).chunk(len(branches))
+        seen = self.guide(outputs, min(self.settings.look_guidance, scale)).chunk(len(branches))
+        return list(zip(inputs, guided, seen, strict=True))
 
-    def guide(self, outputs: Sequence[Tensor]) -> Tensor:
+    def guide(self, outputs: Sequence[Tensor], scale: float) -> Tensor:
         """One output of the U-Net's for each of `contexts`: classifier-free guidance."""
         if not self.guided:
             return outputs[0]
         negative, positive = outputs
-        return negative + self.settings.guidance_scale * (positive - negative)
+        return negative + scale * (positive - negative)
 
     def preview(self, x0: Tensor) -> list[Image.Image]:
         """Pictures of predicted clean latents, by the VAE or by the linear map."""
@@ -392,10 +433,14 @@ class Painter:
 
 def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: float) -> None:
     """End a round: the best of `proposed` takes the place of the kept state, or does not."""
-    best = min(proposed, key=lambda state: state.view.energy)
+    best = min(proposed, key=lambda state: (-state.step, state.view.energy))
     draw = float(torch.rand((), generator=walk.generator))
-    kept = keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
-    walk.rounds.append(Round(backsteps, best.view.energy, kept))
+    # Who has come further passed the early look; energies of different looks are not compared.
+    kept = best.step > walk.kept.step or (
+        best.step == walk.kept.step
+        and keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
+    )
+    walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept))
     if kept:
         walk.kept = best
 
@@ -417,13 +462,13 @@ class Branch:
         self.row = row  # of the batch's text
         self.generator = generator
         self.evaluations = 0
+        self.first = step  # of the schedule
         self._extra = extra
-        self._step = step
         self._first = step * scheduler.order  # Heun's has two entries a step
         self.timesteps = timesteps_from(scheduler, self._first)
         # On the host, so that comparing timesteps does not wait for the device.
         self._host_timesteps = self.timesteps.tolist()
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self._first)
 
@@ -443,22 +488,34 @@ class Branch:
     def model_input(self) -> Tensor:
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
-    def step(self, model_input: Tensor, output: Tensor) -> None:
-        """One scheduler step with the U-Net's guided `output` for `model_input`."""
-        self._last = model_input, output
+    def step(self, model_input: Tensor, output: Tensor, seen: Tensor) -> None:
+        """One scheduler step with the U-Net's guided `output` for `model_input`.
+
+        `seen` is the output at the guidance at which one looks.
+        """
+        self._last = model_input, output, seen
         self.latents = self.scheduler.step(
             output, self.timestep, self.latents, **self._extra, return_dict=False
         )[0]
         self.evaluations += 1
 
     def prediction(self) -> tuple[Tensor, Tensor]:
-        """x0 and eps of the last evaluation, float32, by the scheduler's prediction type.
+        """x0 and eps of the last evaluation, float32."""
+        assert self._last is not None
+        return self._clean_and_noise(self._last[0], self._last[1])
+
+    def seen(self) -> Tensor:
+        """x0 of the last evaluation, float32, at the guidance at which one looks."""
+        assert self._last is not None
+        return self._clean_and_noise(self._last[0], self._last[2])[0]
+
+    def _clean_and_noise(self, model_input: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and eps by the scheduler's prediction type.
 
         epsilon: x0 = (x - sigma eps) / alpha. v (Salimans & Ho 2022, arXiv:2202.00512):
         x0 = alpha x - sigma v, eps = sigma x + alpha v. sample: x0 itself.
         """
-        assert self._last is not None
-        x, output = (tensor.float() for tensor in self._last)
+        x, output = model_input.float(), output.float()
         alpha, sigma = self._signal_and_noise()
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
@@ -479,7 +536,7 @@ class Branch:
 
     def evaluations_until(self, step: int) -> int:
         """Evaluations from this branch's start until `step` steps of the schedule are done."""
-        steps = step - self._step
+        steps = step - self.first
         if isinstance(self.scheduler, PNDMScheduler):
             steps += steps > 0  # its first step takes two evaluations
         return min(steps * self.scheduler.order, len(self.timesteps))
@@ -505,8 +562,8 @@ def descend(painter: Painter, branches: Sequence[Branch], until: int) -> Iterato
     while waiting := [branch for branch in branches if not branch.reached(until)]:
         level = max(branch.level for branch in waiting)
         meeting = [branch for branch in waiting if branch.level == level]
-        for branch, (model_input, output) in zip(meeting, painter.predict(meeting), strict=True):
-            branch.step(model_input, output)
+        for branch, predicted in zip(meeting, painter.predict(meeting), strict=True):
+            branch.step(*predicted)
         yield len(meeting)
 
 

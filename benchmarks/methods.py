@@ -116,15 +116,13 @@ def best_of_n(
 class ComposablePainter(Painter):
     """Composable Diffusion (Liu et al. 2022, arXiv:2206.01714): the sum of the sub-prompts' scores.
 
-    eps = eps_negative + weight sum_i (eps_i - eps_negative)
+    eps = eps_negative + weight sum_i (eps_i - eps_negative); the weight is `guidance_scale`.
     """
 
-    weight: float
-
-    def guide(self, outputs: Sequence[Tensor]) -> Tensor:
+    def guide(self, outputs: Sequence[Tensor], scale: float) -> Tensor:
         negative, *positives = outputs
         terms = torch.stack([positive - negative for positive in positives])
-        return negative + self.weight * terms.sum(dim=0)
+        return negative + scale * terms.sum(dim=0)
 
 
 @torch.no_grad()
@@ -132,9 +130,8 @@ def composable(
     models: Models, cases: Sequence[Case], settings: Tempering, weight: float
 ) -> list[Painted]:
     """Composable Diffusion, `weight` for each sub-prompt."""
-    painter = models.painter(cases, settings, ComposablePainter)
-    assert isinstance(painter, ComposablePainter)
-    painter.weight = weight
+    weighted = replace(settings, guidance_scale=weight)
+    painter = models.painter(cases, weighted, ComposablePainter)
     phrases = [phrase for case in cases for phrase in case.prompt.phrases]
     each, _ = models.pipe.encode_prompt(phrases, painter.device, 1, False)
     classes = len(cases[0].prompt.nouns)

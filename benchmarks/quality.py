@@ -52,6 +52,7 @@ SOURCES = (
     "benchmarks/methods.py",
     "metrics.py",
     "segmentation.py",
+    "settings.py",
     "tempering.py",
 )
 LIBRARIES = ("torch", "diffusers", "transformers")
@@ -446,7 +447,7 @@ def gain(each: Summary) -> str:
 
 
 # A marker a curve, so that none is told by its colour alone.
-MARKS = "osD^vPX*<>"
+MARKS = "osD^vPX*<>hd"
 
 
 def plot(pooled: Mapping[str, Summary]) -> Figure:

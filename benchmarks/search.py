@@ -29,7 +29,7 @@ from benchmarks.methods import (
 )
 from benchmarks.prompts import development
 from benchmarks.quality import POOLED, RESULTS, drawn, judged, rounded, summarise, table
-from benchmarks.roster import ANNEALED, BARE, NEVER, PLAIN
+from benchmarks.roster import ANNEALED, BARE, NEVER, PLAIN, SEEDS_OWN
 from settings import Tempering
 
 FIRST_SEED = 900_000
@@ -59,39 +59,53 @@ def of(method: Callable[..., Any], settings: Tempering = BARE, **options: Sequen
     }
 
 
-def seeds_own(stoptime: int, backsteps: int, k: float) -> Tempering:
-    """The seed's method: back once, noise inside the classes alone, no look at what came of it."""
-    return Tempering(
-        stoptime=stoptime, backsteps=backsteps, k=k, rounds=1, background=0.0, uncertainty="class"
-    )
+def guided(method: Callable[..., Any], settings: Tempering, name: str) -> Topic:
+    """A method at several weights of classifier-free guidance."""
+    return {
+        f"{name} guidance_scale={scale:g}": partial(
+            method, settings=replace(settings, guidance_scale=scale)
+        )
+        for scale in (2.0, 3.0, 4.0, 5.0, 7.5)
+    }
 
 
 RESTARTS = ((15, 5, 2), (12, 4, 2), (10, 5, 2), (10, 8, 1), (6, 5, 2), (6, 5, 4))
-ONCE = ((15, 5, 1.0), (15, 5, 4.0), (15, 5, 20.0), (15, 10, 4.0), (10, 8, 4.0))
+ONCE = (  # stoptime, backsteps, k, background
+    (15, 5, 1.0, 0.0), (15, 5, 4.0, 0.0), (15, 5, 20.0, 0.0), (15, 5, 4.0, 1.0), (15, 5, 1e6, 1.0),
+    (15, 10, 4.0, 1.0), (10, 8, 4.0, 1.0),
+)  # fmt: skip
 TOPICS: dict[str, Topic] = {
     "seed's tempering": {
-        f"stoptime={stop} backsteps={back} k={k:g}": partial(
-            tempered, settings=seeds_own(stop, back, k)
+        f"stoptime={stop} backsteps={back} k={k:g} background={background:g}": partial(
+            tempered,
+            settings=replace(
+                SEEDS_OWN, stoptime=stop, backsteps=back, k=k, background=background
+            ),
         )
-        for stop, back, k in ONCE
+        for stop, back, k, background in ONCE
     },
-    "where to look": varied(stoptime=(4, 6, 8, 10, 12, 15), backsteps=(4, 6, 8, 10, 12, 15)),
+    "guidance": {**guided(plain, BARE, "plain"), **guided(tempered, ANNEALED, "annealed")},
+    "where to look": varied(stoptime=(8, 10, 12, 15, 18), backsteps=(8, 10, 12, 12, 12)),
+    "early look": varied(
+        early_look=(0, 4, 5, 6, 8, 6, 6, 6), early_accept=(2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.5, 3.0)
+    ),
+    "look guidance": varied(look_guidance=(1.0, 2.0, 3.0, 7.5)),
     "how far back": varied(backsteps=(5, 8, 10, 12, 15)),
     "k": varied(k=(0.25, 0.5, 1.0, 2.0, 4.0, 1e6)),
     "background": varied(background=(0.0, 0.3, 1.0)),
     "uncertainty": varied(uncertainty=("class", "pixel")),
-    "rounds": varied(rounds=(1, 2, 3, 4, 6)),
-    "accept": varied(accept=(0.0, 0.1, 0.2, 0.3, 0.5)),
+    "rounds": varied(rounds=(2, 4, 8, 12, 24)),
+    "accept": varied(accept=(0.05, 0.2, 0.4, 0.8, 1.6)),
     "temperature": varied(temperature=(0.0, 0.1, 0.3)),
     "cooling": varied(cooling=(1.0, 0.8, 0.6)),
     "candidates": varied(candidates=(1, 2, 3)),
     "cfg_rescale": varied(cfg_rescale=(9.0, 10.0, 11.0)),
-    "best_of_n": of(best_of_n, n=(2, 2, 3, 3), accept=(NEVER, 0.2, NEVER, 0.2)),
-    "composable": of(composable, weight=(2.5, 4.0, 5.0, 7.5)),
+    "best_of_n": of(best_of_n, n=(2, 3, 12, 12, 12), accept=(NEVER, NEVER, 0.4, 0.8, 1.6)),
+    "composable": of(composable, weight=(1.0, 1.5, 2.0, 3.0, 4.0)),
     "attend_and_excite": of(attend_and_excite, scale_factor=(5.0, 10.0, 20.0, 40.0)),
     "restart": {
         f"stoptime={stop} backsteps={back} times={times}": partial(
-            restart, settings=Tempering(stoptime=stop, backsteps=back), times=times
+            restart, settings=replace(BARE, stoptime=stop, backsteps=back), times=times
         )
         for stop, back, times in RESTARTS
     },

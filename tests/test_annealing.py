@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
-from segmentation import NONE, SMALLEST, View, view_of
+from segmentation import NONE, View
 
 
 def view(labels: list[list[int]], u: list[float], probabilities: Tensor | None = None) -> View:
@@ -55,12 +55,6 @@ def test_gamma_by_pixel_follows_each_pixels_own_probabilities() -> None:
     found = gamma_map(seen, (1, 2), k=2, background=0, by_pixel=True)
     # 1 - exp(-2 u) with u = -log(p (1 - q)) is 1 - (p (1 - q))^2
     np.testing.assert_allclose(found[0, 0], [[1 - 0.81**2, 1 - 0.48**2]], rtol=1e-6)
-
-
-def test_the_energy_is_highest_where_every_class_is_missing() -> None:
-    assert view([[0]], [0.2, 0.6]).energy == pytest.approx(0.4)
-    nothing = view_of(Image.new("RGB", (2, 2)), torch.zeros(2, 2, 2), threshold=0.1)
-    assert nothing.energy == pytest.approx(-math.log(SMALLEST))
 
 
 def test_the_temperature_falls_to_zero_in_the_last_round() -> None:

@@ -78,9 +78,17 @@ BAD: dict[str, tuple[list[str], str]] = {
     "k inf": ([PAINT, "--k", "inf"], "k must be a finite number of at least 0, got inf"),
     "k -inf": ([PAINT, "--k=-inf"], "k must be a finite number of at least 0, got -inf"),
     "rounds 0": ([PAINT, "--rounds", "0"], "rounds must be a whole number of at least 1, got 0"),
-    "rounds that go nowhere": (
-        [PAINT, "--rounds", "2", "--backsteps", "0", "--stoptime", "9"],
-        "backsteps with several rounds must be a whole number in 1..9 (the stoptime), got 0",
+    "early_look -1": (
+        [PAINT, "--early_look", "-1"],
+        "early_look must be a whole number of at least 0, got -1",
+    ),
+    "early_accept -1": (
+        [PAINT, "--early_accept", "-1"],
+        "early_accept must be a finite number of at least 0, got -1.0",
+    ),
+    "look_guidance nan": (
+        [PAINT, "--look_guidance", "nan"],
+        "look_guidance must be a finite number of at least 0, got nan",
     ),
     "accept -1": (
         [PAINT, "--accept", "-1"],

@@ -12,10 +12,13 @@ from PIL import Image
 from segmentation import (
     LINEAR_MAPS,
     NONE,
+    PUREST,
+    SMALLEST,
     ClipSeg,
     class_matrix,
     classify,
     embed_prompts,
+    energy,
     fit_linear_map,
     latents_to_rgb,
     linear_map,
@@ -90,6 +93,27 @@ def test_uncertainty_by_hand() -> None:
     assert uncertainty(matrix).tolist() == pytest.approx(expected)
     single = torch.tensor([[0.25]], dtype=torch.float64)
     assert uncertainty(single).tolist() == pytest.approx([math.log(4)])
+
+
+def test_the_energy_is_that_of_the_worst_class_where_it_is_purest() -> None:
+    side = 10  # PUREST of 100 pixels are 3
+    assert round(PUREST * side**2) == 3
+    p = torch.zeros(3, side, side)
+    p[0, 0, :5] = 0.9  # alone on five pixels
+    p[1, 1, :3] = torch.tensor([0.8, 0.6, 0.4])
+    p[2, 1, :3] = 0.5  # over the second class
+    p[2, 2, :3] = 0.7
+    # The second: p (1 - p_3), mean of 0.4, 0.3, 0.2; the others are at 0.9 and 0.7.
+    assert energy(p) == pytest.approx(-math.log(0.3))
+    assert energy(p[:2]) == pytest.approx(-math.log(0.6))
+    assert energy(p[:1]) == pytest.approx(-math.log(0.9))
+
+
+def test_a_class_that_is_not_there_has_the_highest_energy_and_a_pure_picture_none() -> None:
+    p = torch.zeros(2, 10, 10)
+    assert energy(p) == pytest.approx(-math.log(SMALLEST))
+    p[0, :5], p[1, 5:] = 1, 1
+    assert energy(p) == 0
 
 
 class FakeVae:

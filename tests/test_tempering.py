@@ -139,7 +139,7 @@ def paused(painter: Painter, x0: torch.Tensor, eps: torch.Tensor) -> State:
     """A state with these predictions."""
     nothing = torch.zeros(1, 1, 1)
     view = View(Image.new("RGB", (1, 1)), nothing, nothing[0].long(), nothing[0], nothing[0, 0])
-    return State(painter.start([7])[0], x0, eps, view)
+    return State(painter.start([7])[0], 15, x0, eps, view)
 
 
 @torch.no_grad()
@@ -265,6 +265,14 @@ def test_a_picture_that_is_good_enough_is_the_plain_one_and_costs_no_more(
     assert result.unet_calls == painter.start([7])[0].evaluations_until(settings.steps)
 
 
+def test_rounds_that_go_back_by_no_step_are_none(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    result = temper(pipe, clipseg, PROMPTS, replace(ROUNDS, backsteps=0), seed=7)
+    assert result.rounds == ()
+    assert farthest(result.image, diffusers_picture(pipe, ROUNDS, 7)) <= 1
+
+
 def test_rounds_keep_only_what_lowers_the_energy(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
@@ -334,6 +342,74 @@ def test_pictures_that_are_done_leave_the_batch_and_change_nothing_for_the_other
         assert alone.unet_calls == found.unet_calls
 
 
+EARLY = replace(ROUNDS, early_look=3)
+
+
+def test_what_looks_bad_early_goes_no_further_before_the_rounds_are_over(
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    settings = replace(EARLY, early_accept=0)
+    reported: list[int] = []
+    result = temper(any_pipe, clipseg, PROMPTS, settings, seed=7, progress=reported.append)
+    assert result.interrupted_at == result.kept_at == 3
+    assert [each.step for each in result.rounds] == [3, 3, 3]
+    assert sum(reported) == result.unet_calls
+    painter = Painter(any_pipe, clipseg, [PROMPTS], settings)
+    trunk = painter.start([7])[0]
+    rounds = 3 * trunk.evaluations_until(3)  # 4 steps back from the third is the start
+    assert result.unet_calls == trunk.evaluations_until(8) + rounds
+    assert result.unet_calls <= painter.unet_calls(compare=False)
+
+
+def test_an_early_look_at_which_all_are_good_enough_changes_nothing(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    late, early = (
+        temper(pipe, clipseg, PROMPTS, settings, seed=7)
+        for settings in (ROUNDS, replace(EARLY, early_accept=1e9))
+    )
+    assert farthest(late.image, early.image) == 0
+    assert late.rounds == early.rounds
+
+
+def test_who_has_come_further_takes_the_place_of_who_was_left_early(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    """Whatever the energies: those of different looks are not compared."""
+    left = temper(pipe, clipseg, PROMPTS, replace(EARLY, early_accept=0), seed=7)
+    lowest = min(each.energy for each in left.rounds)
+    result = temper(pipe, clipseg, PROMPTS, replace(EARLY, early_accept=lowest), seed=7)
+    assert result.interrupted_at == 3
+    assert result.kept_at == 5
+    first = next(i for i, each in enumerate(result.rounds) if each.step == 5)
+    assert result.rounds[first].kept
+
+
+def test_a_round_that_starts_after_the_early_look_is_not_looked_at_there(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    settings = replace(EARLY, backsteps=2, early_accept=1e9)
+    shallow = temper(pipe, clipseg, PROMPTS, settings, seed=7)
+    assert [each.step for each in shallow.rounds] == [5, 5, 5]
+
+
+@torch.no_grad()
+def test_clipseg_sees_x0_at_its_own_guidance(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    def after_a_step(scale: float, look: float) -> Branch:
+        settings = replace(FEW, guidance_scale=scale, look_guidance=look)
+        painter = Painter(pipe, clipseg, [PROMPTS], settings)
+        branch = painter.start([7])[0]
+        branch.step(*painter.predict([branch])[0])
+        return branch
+
+    soft, full = (after_a_step(scale, 2).prediction()[0] for scale in (2, 7.5))
+    assert (soft - full).abs().max() > 0.1
+    torch.testing.assert_close(after_a_step(7.5, 2).seen(), soft)
+    torch.testing.assert_close(after_a_step(7.5, 9).seen(), full)  # not above the sampler's own
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_x0_and_eps_follow_from_every_prediction_type(
     pipe: StableDiffusionPipeline, kind: str
@@ -346,7 +422,7 @@ def test_x0_and_eps_follow_from_every_prediction_type(
     x0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     outputs = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}
     branch.latents = (alpha * x0 + sigma * eps) / alpha  # Euler's own scaling of x
-    branch.step(branch.model_input(), outputs[kind])
+    branch.step(branch.model_input(), outputs[kind], torch.zeros_like(outputs[kind]))
     found_x0, found_eps = branch.prediction()
     torch.testing.assert_close(found_x0, x0, atol=1e-3, rtol=0)
     torch.testing.assert_close(found_eps, eps, atol=1e-3, rtol=0)
