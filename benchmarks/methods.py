@@ -116,29 +116,38 @@ def best_of_n(
 class ComposablePainter(Painter):
     """Composable Diffusion (Liu et al. 2022, arXiv:2206.01714): the sum of the sub-prompts' scores.
 
-    eps = eps_negative + weight sum_i (eps_i - eps_negative); the weight is `guidance_scale`.
+    eps = eps_negative + sum_i w_i (eps_i - eps_negative), with a weight for each of the contexts.
     """
+
+    weights: Sequence[float]
 
     def guide(self, outputs: Sequence[Tensor], scale: float) -> Tensor:
         negative, *positives = outputs
-        terms = torch.stack([positive - negative for positive in positives])
-        return negative + scale * terms.sum(dim=0)
+        terms = [w * (each - negative) for w, each in zip(self.weights, positives, strict=True)]
+        return negative + torch.stack(terms).sum(dim=0)
 
 
 @torch.no_grad()
 def composable(
-    models: Models, cases: Sequence[Case], settings: Tempering, weight: float
+    models: Models, cases: Sequence[Case], settings: Tempering, weight: float, joined: float = 0
 ) -> list[Painted]:
-    """Composable Diffusion, `weight` for each sub-prompt."""
-    weighted = replace(settings, guidance_scale=weight)
-    painter = models.painter(cases, weighted, ComposablePainter)
+    """Composable Diffusion, `weight` for each sub-prompt.
+
+    With a weight `joined` the whole prompt is one of the terms, too, as users of AND write it where
+    the sum of the parts alone, as in the paper, grows the subjects together.
+    """
+    painter = models.painter(cases, settings, ComposablePainter)
+    assert isinstance(painter, ComposablePainter)
     phrases = [phrase for case in cases for phrase in case.prompt.phrases]
     each, _ = models.pipe.encode_prompt(phrases, painter.device, 1, False)
     classes = len(cases[0].prompt.nouns)
-    painter.contexts = [painter.contexts[0], *each.unflatten(0, (-1, classes)).unbind(1)]
+    negative, whole = painter.contexts
+    wholes = [whole] if joined else []
+    painter.contexts = [negative, *wholes, *each.unflatten(0, (-1, classes)).unbind(1)]
+    painter.weights = [joined] * len(wholes) + [weight] * classes
     branches = painter.start(seeds(cases))
     images = paint(painter, branches)
-    halves = (1 + classes) / 2
+    halves = len(painter.contexts) / 2
     return [Painted(i, b.evaluations * halves) for i, b in zip(images, branches, strict=True)]
 
 

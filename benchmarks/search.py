@@ -102,7 +102,10 @@ TOPICS: dict[str, Topic] = {
     "cfg_rescale": varied(cfg_rescale=(9.0, 10.0, 11.0)),
     "best_of_n": of(best_of_n, n=(2, 3, 12, 12, 12), accept=(NEVER, NEVER, 0.4, 0.8, 1.6)),
     "composable": of(composable, weight=(1.0, 1.5, 2.0, 3.0, 4.0)),
-    "attend_and_excite": of(attend_and_excite, scale_factor=(5.0, 10.0, 20.0, 40.0)),
+    "composable with the whole": of(
+        composable, weight=(0.5, 1.0, 1.0, 2.0), joined=(4.0, 4.0, 2.0, 2.0)
+    ),
+    "attend_and_excite": of(attend_and_excite, scale_factor=(2.5, 5.0, 10.0, 20.0)),
     "restart": {
         f"stoptime={stop} backsteps={back} times={times}": partial(
             restart, settings=replace(BARE, stoptime=stop, backsteps=back), times=times

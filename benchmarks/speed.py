@@ -354,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps=args.steps,
             stoptime=max(1, args.steps - 1),
             backsteps=1,
+            rounds=1,
             height=args.size,
             width=args.size,
         )

@@ -83,7 +83,7 @@ def test_the_weights_are_the_same_each_time(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_measurement_accounts_for_every_call(folder: Path) -> None:
-    settings = Tempering(steps=4, stoptime=3, backsteps=1, height=64, width=64)
+    settings = Tempering(steps=4, stoptime=3, backsteps=1, rounds=1, height=64, width=64)
     found = measure("tempering", folder, settings)
     calls = {name: part.calls for name, part in found.parts.items()}
     # CLIPSeg: the prompts' text, then one picture through its tower and its decoder.

@@ -692,7 +692,7 @@ def without_hub(tmp_path_factory: pytest.TempPathFactory) -> list[Done]:
 
 
 def test_readme_has_an_example_of_each_flow() -> None:
-    assert [words[0] for words in commands_in_readme()] == [PAINT, MEASURE]
+    assert [words[0] for words in commands_in_readme()] == [PAINT, MEASURE, MEASURE]
 
 
 def test_the_examples_of_readme_run_without_a_hub_and_say_what_they_are(
@@ -709,14 +709,14 @@ def test_the_examples_of_readme_run_without_a_hub_and_say_what_they_are(
 
 
 def test_the_examples_of_readme_make_what_they_ask_for(without_hub: list[Done]) -> None:
-    picture, evaluation = without_hub
-    assert names(picture.folder) == {*PICTURES, "run.json"} - {"plain.png"}
-    assert picture.run["unet_calls"] == 25
-    rows = rows_of(evaluation.folder)
-    assert [row["unet_calls"] for row in rows] == [30] * 4
-    summary = json.loads((evaluation.folder / "summary.json").read_text(encoding="utf-8"))
-    assert summary["notice"] == evaluation.run["notice"]
-    assert summary["unet_calls"] == 120
+    picture, annealed, once = without_hub
+    assert names(picture.folder) == {*PICTURES, "kept.png", "run.json"} - {"plain.png"}
+    assert [row["unet_calls"] for row in rows_of(once.folder)] == [30] * 4
+    for evaluation in (annealed, once):
+        summary = json.loads((evaluation.folder / "summary.json").read_text(encoding="utf-8"))
+        assert summary["notice"] == evaluation.run["notice"]
+        calls = [row["unet_calls"] for row in rows_of(evaluation.folder)]
+        assert summary["unet_calls"] == sum(calls)
 
 
 def test_repeat_of_a_run_without_a_hub_runs_the_model_that_ran(

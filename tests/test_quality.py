@@ -115,6 +115,16 @@ def test_composing_two_prompts_costs_three_halves_a_step(models: Models) -> None
     assert methods.composable(models, CASES, FEW, weight=5)[0].unet_calls == 9
 
 
+def test_composing_the_whole_prompt_with_parts_of_no_weight_is_plain_guidance(
+    models: Models,
+) -> None:
+    composed = methods.composable(models, CASES, FEW, weight=0, joined=FEW.guidance_scale)
+    for case, one in zip(CASES, composed, strict=True):
+        plain = methods.plain(models, [case], FEW)[0]
+        assert farthest(one.image, plain.image) <= 1
+        assert one.unet_calls == 12
+
+
 def test_restarting_adds_the_noise_between_two_steps(models: Models) -> None:
     painter = models.painter(CASES[:1], FEW)
     branch = painter.start([3])[0]

@@ -45,7 +45,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: Path) -> None:
-    flags = f"--steps 2 --stoptime 1 --backsteps 1 --height {SIDE} --width {SIDE}".split()
+    flags = ["--steps", "2", "--stoptime", "1", "--backsteps", "1", "--rounds", "1"]
+    flags += ["--height", str(SIDE), "--width", str(SIDE)]
     flags += ["--model", str(models / "stable-diffusion"), "--clipseg", str(models / "clipseg")]
     flags += ["--output", str(tmp_path)]
     done = subprocess.run(
@@ -74,7 +75,7 @@ def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: P
 
 @torch.no_grad()
 def test_the_plain_branch_is_diffusers_picture_to_the_bit(models: Path, clipseg: ClipSeg) -> None:
-    settings = Tempering(steps=3, stoptime=3, backsteps=0, height=128, width=128)
+    settings = Tempering(steps=3, stoptime=3, backsteps=0, rounds=1, height=128, width=128)
     ours = plain_picture(models, clipseg, settings)
     theirs = diffusers_picture(models, settings)
     assert ours.std() > 1
