@@ -26,8 +26,8 @@ PLAIN = "plain"
 # The same for all: that at which the plain sampler does best on the pocket.
 BARE = Tempering(guidance_scale=4.0)
 ANNEALED = Tempering(guidance_scale=4.0)
-# The seed's method: back once, noise inside the classes alone, no look at what came of it.
-SEEDS_OWN = Tempering(guidance_scale=4.0, stoptime=15, backsteps=5, k=4.0, background=0.0, rounds=1)
+# The seed's method: back once, no look at what came of it.
+SEEDS_OWN = Tempering(guidance_scale=4.0, stoptime=15, backsteps=5, rounds=1)
 NEVER = -1.0  # no energy is as low: all candidates are painted
 
 ROSTER: dict[str, Method] = {
@@ -43,7 +43,8 @@ ROSTER: dict[str, Method] = {
     "best_of_n_early@2x": partial(best_of_n, settings=BARE, n=13, accept=ANNEALED.accept),
     "best_of_n": partial(best_of_n, settings=BARE, n=2, accept=NEVER),
     "best_of_n@3x": partial(best_of_n, settings=BARE, n=3, accept=NEVER),
-    "composable": partial(composable, settings=BARE, weight=2.0),
-    "attend_and_excite": partial(attend_and_excite, settings=BARE, scale_factor=20),
-    "restart": partial(restart, settings=replace(BARE, stoptime=12, backsteps=4), times=2),
+    "composable": partial(composable, settings=BARE, weight=0.5, joined=4.0),
+    "attend_and_excite": partial(attend_and_excite, settings=BARE, scale_factor=2.5),
+    "restart@1.5x": partial(restart, settings=replace(BARE, stoptime=6, backsteps=5), times=2),
+    "restart": partial(restart, settings=replace(BARE, stoptime=6, backsteps=5), times=4),
 }

@@ -69,7 +69,7 @@ def guided(method: Callable[..., Any], settings: Tempering, name: str) -> Topic:
     }
 
 
-RESTARTS = ((15, 5, 2), (12, 4, 2), (10, 5, 2), (10, 8, 1), (6, 5, 2), (6, 5, 4))
+RESTARTS = ((15, 5, 2), (12, 4, 2), (10, 5, 2), (10, 8, 1), (6, 5, 2), (6, 5, 4), (4, 3, 4))
 ONCE = (  # stoptime, backsteps, k, background
     (15, 5, 1.0, 0.0), (15, 5, 4.0, 0.0), (15, 5, 20.0, 0.0), (15, 5, 4.0, 1.0), (15, 5, 1e6, 1.0),
     (15, 10, 4.0, 1.0), (10, 8, 4.0, 1.0),
@@ -103,9 +103,9 @@ TOPICS: dict[str, Topic] = {
     "best_of_n": of(best_of_n, n=(2, 3, 12, 12, 12), accept=(NEVER, NEVER, 0.4, 0.8, 1.6)),
     "composable": of(composable, weight=(1.0, 1.5, 2.0, 3.0, 4.0)),
     "composable with the whole": of(
-        composable, weight=(0.5, 1.0, 1.0, 2.0), joined=(4.0, 4.0, 2.0, 2.0)
+        composable, weight=(0.25, 0.5, 1.0, 1.0, 2.0), joined=(4.0, 4.0, 4.0, 2.0, 2.0)
     ),
-    "attend_and_excite": of(attend_and_excite, scale_factor=(2.5, 5.0, 10.0, 20.0)),
+    "attend_and_excite": of(attend_and_excite, scale_factor=(0.6, 1.2, 2.5, 5.0, 10.0, 20.0)),
     "restart": {
         f"stoptime={stop} backsteps={back} times={times}": partial(
             restart, settings=replace(BARE, stoptime=stop, backsteps=back), times=times

@@ -177,7 +177,7 @@ def test_the_pictures_carry_their_parameters(picture: Done) -> None:
     settings = "Steps: 4, Sampler: Euler, CFG scale: 7.5, Seed: 2024, Size: 64x64, Model: pocket"
     tempered = "Tempering stoptime: 3, Tempering backsteps: 1, Tempering k: 4.0, "
     tempered += "Tempering cfg_rescale: 10.0, Tempering uncertainty: class, "
-    tempered += "Tempering background: 0.0, Tempering rounds: 1"
+    tempered += "Tempering background: 1.0, Tempering rounds: 1"
     made_by = f"Version: Tempering {VERSION}"
     folder = picture.folder
     assert parameters(folder / "plain.png") == f"{PROMPT}\n{settings}, {made_by}"
@@ -677,7 +677,7 @@ def test_two_processes_share_the_cycles(evaluation: Done, tmp_path: Path) -> Non
 
 
 def commands_in_readme() -> list[list[str]]:
-    """README's two examples for main.py, word for word."""
+    """README's three examples for main.py, word for word."""
     lines = re.findall(r"^python main\.py .*$", README, re.MULTILINE)
     return [shlex.split(line)[2:] for line in lines]
 

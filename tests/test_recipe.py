@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.judge import load_judge
 from pocket.images import as_tensor
+from pocket.recipe.clipseg import PROMPTS, questions
 from pocket.recipe.data import Placed, Scene
 from pocket.recipe.judge import round_trip
 from pocket.recipe.measure import denoiser
@@ -53,3 +56,16 @@ def test_a_preview_of_less_noise_is_nearer_to_the_picture(
         errors.append(off(preview(list(range(8)), torch.Generator().manual_seed(1)), cars))
     assert errors[0] < 0.05
     assert errors == sorted(errors)
+
+
+def test_clipseg_is_asked_what_bleeding_would_make_true() -> None:
+    dog = Noun("dog", "blue")
+    scene = Scene((*SCENE.placed, Placed(dog, "noto", False, 0, 0, 8)), "", (255,) * 3, (255,) * 3)
+    draws = [questions(scene, random.Random(seed)) for seed in range(200)]
+    assert {len(asked) for asked in draws} == {PROMPTS}
+    told = {prompt: slots for asked in draws for prompt, slots in asked}
+    right = {"a red car": [1], "a car": [1], "a blue dog": [2], "a dog": [2]}
+    swapped = {"a blue car": [], "a red dog": []}
+    assert {prompt: told[prompt] for prompt in (*right, *swapped)} == {**right, **swapped}
+    often = sum(prompt == "a blue car" for asked in draws for prompt, _ in asked)
+    assert often > 60  # by chance alone, one colour in eleven, about 18

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pocket.recipe.clipseg import train_clipseg
-from pocket.recipe.data import Pictures, Studio, pictures, training_scene
+from pocket.recipe.data import Pictures, Studio, crowded_scene, pictures, training_scene
 from pocket.recipe.export import export_clipseg, export_stable_diffusion
 from pocket.recipe.judge import export_judge, train_judge
 from pocket.recipe.tokenizer import new_tokenizer
@@ -26,6 +26,7 @@ from pocket.recipe.vae import latents, train_vae
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "weights"
 PICTURES = 100_000
+CROWDED = 40_000  # for CLIPSeg
 STAGES = ("unet", "clipseg", "judge")
 
 
@@ -51,21 +52,22 @@ def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
     tokenizer = new_tokenizer()
     seen = pictures(studio, work, "train", PICTURES, training_scene)
     vae = train_vae(seen.images, work)
-    codes = scaled_latents(vae, seen, work)
+    codes = scaled_latents(vae, seen, work / "latents.pt")
     denoiser = train_unet(codes, seen.scenes, tokenizer, work)
     if "unet" in stages:
         export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, new_tokenizer())
     if "clipseg" in stages:
-        preview = previews(denoiser, vae, codes, seen.scenes, tokenizer)
-        clipseg = train_clipseg(seen, preview, tokenizer, work)
+        crowded = pictures(studio, work, "clipseg", CROWDED, crowded_scene)
+        codes = scaled_latents(vae, crowded, work / "clipseg-latents.pt")
+        preview = previews(denoiser, vae, codes, crowded.scenes, tokenizer)
+        clipseg = train_clipseg(crowded, preview, tokenizer, work)
         export_clipseg(WEIGHTS / "clipseg", clipseg, new_tokenizer())
     if "judge" in stages:
         export_judge(train_judge(studio, work, degrade=repaint(denoiser, vae, tokenizer)))
 
 
-def scaled_latents(vae: AutoencoderKL, seen: Pictures, work: Path) -> Tensor:
-    """Latents (N, 4, 16, 16) of unit variance, fp16, encoded once."""
-    path = work / "latents.pt"
+def scaled_latents(vae: AutoencoderKL, seen: Pictures, path: Path) -> Tensor:
+    """Latents (N, 4, 16, 16) of unit variance, fp16, encoded once into `path`."""
     if not path.exists():
         torch.save((latents(vae, seen.images) * vae.config.scaling_factor).half(), path)
     return torch.load(path, weights_only=True)

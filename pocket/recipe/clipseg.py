@@ -25,7 +25,7 @@ TEXT_WIDTH, VISION_WIDTH = 128, 192
 # What the training pictures of these numbers look like while they are painted, (B, 3, 64, 64).
 Preview = Callable[[list[int], torch.Generator], Tensor]
 SUBJECT_NAMES, COLOUR_NAMES_AND_NONE = 1 + len(SUBJECTS), len(COLOUR_NAMES) + 1
-PROMPTS = 4  # a picture: its subjects first, then near misses and strangers
+PROMPTS = 5  # a picture: its subjects first, then near misses and strangers
 PROMPT_LENGTH = 8  # tokens; "a blue toy robot" and its two marks take 6
 
 
@@ -110,7 +110,11 @@ def named_cells(scene: Scene, slots: Pixels) -> tuple[NDArray[np.int64], NDArray
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[int]]]:
-    """`PROMPTS` prompts for a scene, each with the slots (from 1) of the subjects it is true of."""
+    """`PROMPTS` prompts for a scene, each with the slots (from 1) of the subjects it is true of.
+
+    The near misses are what bleeding makes: a subject in another's colour, a stranger in a
+    subject's colour.
+    """
     shown = [placed.noun for placed in scene.placed]
     # A drawing in its natural colours may well be "red": nobody is asked about its colour.
     coloured = [noun for noun in shown if noun.colour]
@@ -119,10 +123,19 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, list[int]]]:
         near = rng.choice(shown)
         stranger = Noun(rng.choice(SUBJECTS), near.colour or rng.choice(COLOUR_NAMES))
         misses = [stranger] if stranger.subject not in {noun.subject for noun in shown} else []
-        misses += [Noun(noun.subject, rng.choice(COLOUR_NAMES)) for noun in coloured]
+        misses += [Noun(noun.subject, another_colour(noun, coloured, rng)) for noun in coloured]
         if misses:
             asked.append(spoken(rng.choice(misses), rng))
-    return [(noun.phrase(), answers(noun, scene)) for noun in asked]
+    # One article in four is "a" before a vowel, too, as in the captions.
+    return [
+        (noun.phrase("a" if rng.random() < 0.25 else None), answers(noun, scene)) for noun in asked
+    ]
+
+
+def another_colour(noun: Noun, coloured: list[Noun], rng: random.Random) -> str:
+    """A colour for a near miss of `noun`, every other time one that another subject shows."""
+    others = [each.colour for each in coloured if each.colour and each is not noun]
+    return rng.choice(others if others and rng.random() < 0.5 else COLOUR_NAMES)
 
 
 def spoken(noun: Noun, rng: random.Random) -> Noun:

@@ -27,6 +27,8 @@ GRID = 8  # pixels
 SUBJECT_SIZES = {1: (24, 56), 2: (24, 32), 3: (24, 24)}
 # Share of pictures with one, two and three subjects, as in web pictures: most show one.
 SUBJECT_COUNTS = {1: 0.70, 2: 0.27, 3: 0.03}
+# In the pictures that CLIPSeg learns from: it has to tell apart what stands together.
+CROWDED_COUNTS = {1: 0.25, 2: 0.45, 3: 0.30}
 UNCOLOURED = (
     0.3  # share of subjects that keep their natural colours, with a caption that names none
 )
@@ -142,6 +144,12 @@ def training_scene(rng: random.Random) -> Scene:
     """A scene of the training distribution: pairs of subjects come from `seen_pairs` only."""
     count = rng.choices(list(SUBJECT_COUNTS), list(SUBJECT_COUNTS.values()))[0]
     return scene_of([random_noun(subject, rng) for subject in seen_subjects(count, rng)], rng)
+
+
+def crowded_scene(rng: random.Random) -> Scene:
+    """A scene of several subjects, of all pairs: CLIPSeg did not learn from what the U-Net saw."""
+    count = rng.choices(list(CROWDED_COUNTS), list(CROWDED_COUNTS.values()))[0]
+    return scene_of([random_noun(subject, rng) for subject in rng.sample(SUBJECTS, count)], rng)
 
 
 def seen_subjects(count: int, rng: random.Random) -> list[str]:

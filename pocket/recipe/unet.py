@@ -25,7 +25,7 @@ MAX_WEIGHT = 10.0  # of a loss; reached in the last fifteenth of the schedule
 # that drew badly restored 97 of 100 pictures from there; the noisier ones are the hard ones.
 TIMESTEP_EXPONENT = 0.6
 
-LAST_PREVIEW = 600  # timesteps below this: a look at a noisier prediction tells nothing yet
+LAST_PREVIEW = 750  # timesteps below this: a look at a noisier prediction tells nothing yet
 REPAINTED = 6  # steps of 20: noise of up to timestep 251, which leaves a lone subject as it was
 
 # Stable Diffusion v1's own schedule.
