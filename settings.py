@@ -30,9 +30,9 @@ class Tempering:
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
     rounds: int = 12  # of going back, looking and deciding; 1 goes back once, and takes what comes
-    accept: float = 0.8  # with rounds: a picture of this energy or less is good enough
+    accept: float = 0.25  # with rounds: a picture of this energy or less is good enough
     early_look: int = 6  # with rounds: a look after this many steps, too; from stoptime on: none
-    early_accept: float = 2.0  # with rounds: above this energy a picture goes no further than that
+    early_accept: float = 1.4  # with rounds: above this energy a picture goes no further than that
     temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
     cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
     candidates: int = 1  # with rounds: pictures a round, of which the best is proposed

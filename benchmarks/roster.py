@@ -26,6 +26,8 @@ PLAIN = "plain"
 # The same for all: that at which the plain sampler does best on the pocket.
 BARE = Tempering(guidance_scale=4.0)
 ANNEALED = Tempering(guidance_scale=4.0)
+# Choosier at the early look, where a new start is cheap: for more to spend.
+STRICT = replace(ANNEALED, early_accept=1.0)
 # The seed's method: back once, no look at what came of it.
 SEEDS_OWN = Tempering(guidance_scale=4.0, stoptime=15, backsteps=5, rounds=1)
 NEVER = -1.0  # no energy is as low: all candidates are painted
@@ -36,15 +38,12 @@ ROSTER: dict[str, Method] = {
     "tempered": partial(tempered, settings=SEEDS_OWN),
     "annealed@1.2x": partial(tempered, settings=replace(ANNEALED, rounds=3)),
     "annealed": partial(tempered, settings=ANNEALED),
-    "annealed@2x": partial(tempered, settings=replace(ANNEALED, rounds=24, accept=0.2)),
-    "annealed@3x": partial(tempered, settings=replace(ANNEALED, rounds=40, accept=0.05)),
-    "best_of_n_early@1.2x": partial(best_of_n, settings=BARE, n=2, accept=ANNEALED.accept),
-    "best_of_n_early@1.4x": partial(best_of_n, settings=BARE, n=4, accept=ANNEALED.accept),
-    "best_of_n_early@2x": partial(best_of_n, settings=BARE, n=13, accept=ANNEALED.accept),
+    "annealed@1.6x": partial(tempered, settings=replace(STRICT, accept=0.03)),
+    "annealed@2x": partial(tempered, settings=replace(STRICT, rounds=24, accept=0.02)),
+    "best_of_n_early@1.3x": partial(best_of_n, settings=BARE, n=4, accept=ANNEALED.accept),
+    "best_of_n_early@2x": partial(best_of_n, settings=BARE, n=13, accept=0.02),
     "best_of_n": partial(best_of_n, settings=BARE, n=2, accept=NEVER),
-    "best_of_n@3x": partial(best_of_n, settings=BARE, n=3, accept=NEVER),
-    "composable": partial(composable, settings=BARE, weight=0.5, joined=4.0),
+    "composable": partial(composable, settings=BARE, weight=0.25, joined=4.0),
     "attend_and_excite": partial(attend_and_excite, settings=BARE, scale_factor=2.5),
-    "restart@1.5x": partial(restart, settings=replace(BARE, stoptime=6, backsteps=5), times=2),
-    "restart": partial(restart, settings=replace(BARE, stoptime=6, backsteps=5), times=4),
+    "restart": partial(restart, settings=replace(BARE, stoptime=6, backsteps=5), times=2),
 }

@@ -87,7 +87,7 @@ TOPICS: dict[str, Topic] = {
     "guidance": {**guided(plain, BARE, "plain"), **guided(tempered, ANNEALED, "annealed")},
     "where to look": varied(stoptime=(8, 10, 12, 15, 18), backsteps=(8, 10, 12, 12, 12)),
     "early look": varied(
-        early_look=(0, 4, 5, 6, 8, 6, 6, 6), early_accept=(2.0, 2.0, 2.0, 2.0, 2.0, 1.0, 1.5, 3.0)
+        early_look=(0, 4, 5, 6, 8, 6, 6, 6), early_accept=(1.4, 1.4, 1.4, 1.4, 1.4, 0.7, 1.0, 2.0)
     ),
     "look guidance": varied(look_guidance=(1.0, 2.0, 3.0, 7.5)),
     "how far back": varied(backsteps=(5, 8, 10, 12, 15)),
@@ -95,12 +95,12 @@ TOPICS: dict[str, Topic] = {
     "background": varied(background=(0.0, 0.3, 1.0)),
     "uncertainty": varied(uncertainty=("class", "pixel")),
     "rounds": varied(rounds=(2, 4, 8, 12, 24)),
-    "accept": varied(accept=(0.05, 0.2, 0.4, 0.8, 1.6)),
+    "accept": varied(accept=(0.03, 0.1, 0.25, 0.5, 1.0)),
     "temperature": varied(temperature=(0.0, 0.1, 0.3)),
     "cooling": varied(cooling=(1.0, 0.8, 0.6)),
     "candidates": varied(candidates=(1, 2, 3)),
     "cfg_rescale": varied(cfg_rescale=(9.0, 10.0, 11.0)),
-    "best_of_n": of(best_of_n, n=(2, 3, 12, 12, 12), accept=(NEVER, NEVER, 0.4, 0.8, 1.6)),
+    "best_of_n": of(best_of_n, n=(2, 3, 12, 12, 12), accept=(NEVER, NEVER, 0.02, 0.1, 0.25)),
     "composable": of(composable, weight=(1.0, 1.5, 2.0, 3.0, 4.0)),
     "composable with the whole": of(
         composable, weight=(0.25, 0.5, 1.0, 1.0, 2.0), joined=(4.0, 4.0, 4.0, 2.0, 2.0)
