@@ -478,7 +478,6 @@ def plot(pooled: Mapping[str, Summary]) -> Figure:
     axes.set_title(
         f"The pocket model, all subsets, {next(iter(pooled.values())).n} pictures a method"
     )
-    axes.set_ylim(bottom=0)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
