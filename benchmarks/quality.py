@@ -1,11 +1,11 @@
 """The laboratory: how often a picture shows what was asked for, method by method.
 
-    python -m benchmarks.quality [--quick] [--methods NAME ...]
+    python -m benchmarks.quality [--quick | --pictures N] [--methods NAME ...]
 
 Methods x prompts x seeds on the pocket model, all from the same initial latents, judged by a
 network that no method sees. Pictures that were judged already are not painted again, so a run that
 was stopped goes on. Writes quality.csv, quality.json and quality.png to benchmarks/results, and
-prints a table.
+prints a table; quick ones, and those of another number of pictures, get names of their own.
 """
 
 from __future__ import annotations
@@ -109,9 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compare methods on the pocket model, as a judge sees their pictures.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK} pictures a subset instead of {FULL}"
-    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--quick", dest="pictures", action="store_const", const=QUICK,
+        help=f"{QUICK} pictures a subset",
+    )  # fmt: skip
+    amount.add_argument(
+        "--pictures", type=int, default=FULL, metavar="N",
+        help="a method and subset (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", default=list(ROSTER),
         help=f"from {', '.join(ROSTER)} (default: all)",
@@ -124,16 +130,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.methods if name not in ROSTER]
     if unknown:
         parser.error(f"--methods must be from {', '.join(ROSTER)}, got {unknown[0]}")
+    if not 1 <= args.pictures <= SEEDS_A_SUBSET:
+        parser.error(f"--pictures must be in 1..{SEEDS_A_SUBSET}, got {args.pictures}")
     if args.processes < 1:
         parser.error(f"--processes must be at least 1, got {args.processes}")
-    count = QUICK if args.quick else FULL
-    cases = drawn(laboratory(), count, FIRST_SEED)
+    cases = drawn(laboratory(), args.pictures, FIRST_SEED)
     methods = {name: ROSTER[name] for name in dict.fromkeys([PLAIN, *args.methods])}
     judged(methods, cases, args.processes)
     # What was painted before belongs to the results, too.
     finished = {name: method for name, method in ROSTER.items() if complete(method, cases)}
     summaries = summarise(judged(finished, cases, args.processes), alone(finished))
-    write(summaries, "quality-quick" if args.quick else "quality")
+    names = {FULL: "quality", QUICK: "quality-quick"}
+    write(summaries, names.get(args.pictures, f"quality-{args.pictures}"))
     print(table(summaries))
     return 0
 
