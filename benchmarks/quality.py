@@ -468,7 +468,8 @@ def plot(pooled: Mapping[str, Summary]) -> Figure:
     families: dict[str, list[Summary]] = {}
     for name, each in pooled.items():
         families.setdefault(name.partition("@")[0], []).append(each)
-    for (family, points), mark, colour in zip(families.items(), MARKS, colours, strict=False):
+    styles = zip(families.items(), MARKS, colours, range(len(MARKS), 0, -1), strict=False)
+    for (family, points), mark, colour, above in styles:
         points.sort(key=lambda each: each.unet_calls_mean)
         rates = np.array([each.all_ok for each in points])
         ends = np.array([interval(each) for each in points]).T
@@ -479,6 +480,7 @@ def plot(pooled: Mapping[str, Summary]) -> Figure:
             marker=mark,
             color=colour,
             capsize=3,
+            zorder=above,  # where two meet, the one that the legend names first is on top
             label=family.replace("_", " "),
         )
     axes.set_xlabel("U-Net calls a picture, mean (both halves of guidance are one)")
