@@ -115,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"{QUICK} pictures a subset",
     )  # fmt: skip
     amount.add_argument(
-        "--pictures", type=int, default=FULL, metavar="N",
-        help="a method and subset (default: %(default)s)",
-    )  # fmt: skip
+        "--pictures", type=int, metavar="N", help="a method and subset (default: %(default)s)"
+    )
+    parser.set_defaults(pictures=FULL)
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", default=list(ROSTER),
         help=f"from {', '.join(ROSTER)} (default: all)",

@@ -296,3 +296,25 @@ def test_pictures_that_were_judged_are_not_painted_again(
     more = quality.judged(chosen, quality.drawn(prompts, 4, 10), processes=1)
     assert [each["unet_calls"] for each in more] == [60, 60, 60, 6]
     assert len(file.read_text(encoding="utf-8").splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "pictures"),
+    [([], quality.FULL), (["--quick"], quality.QUICK), (["--pictures", "7"], 7)],
+)
+def test_the_number_of_pictures_is_the_one_asked_for(
+    given: list[str], pictures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(_: object, count: int, __: int) -> None:
+        raise InterruptedError(f"{count} a subset")
+
+    monkeypatch.setattr(quality, "drawn", drawn)
+    with pytest.raises(InterruptedError, match=f"^{pictures} a subset"):
+        quality.main(given)
+
+
+def test_no_pictures_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        quality.main(["--pictures", "0"])
+    assert stop.value.code == 2
+    assert "--pictures must be in 1..10000, got 0" in capsys.readouterr().err
