@@ -65,7 +65,7 @@ def test_clipseg_is_asked_what_bleeding_would_make_true() -> None:
     assert {len(asked) for asked in draws} == {PROMPTS}
     told = {prompt: slots for asked in draws for prompt, slots in asked}
     right = {"a red car": [1], "a car": [1], "a blue dog": [2], "a dog": [2]}
-    swapped = {"a blue car": [], "a red dog": []}
+    swapped: dict[str, list[int]] = {"a blue car": [], "a red dog": []}
     assert {prompt: told[prompt] for prompt in (*right, *swapped)} == {**right, **swapped}
     often = sum(prompt == "a blue car" for asked in draws for prompt, _ in asked)
     assert often > 60  # by chance alone, one colour in eleven, about 18
