@@ -23,7 +23,7 @@ from benchmarks.methods import (
 from settings import Tempering
 
 PLAIN = "plain"
-# The same for all: that at which the plain sampler does best on the pocket.
+# The same for all: about the best for the plain sampler on the pocket.
 BARE = Tempering(guidance_scale=4.0)
 ANNEALED = Tempering(guidance_scale=4.0)
 # Choosier at the early look, where a new start is cheap: for more to spend.

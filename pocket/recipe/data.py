@@ -147,7 +147,7 @@ def training_scene(rng: random.Random) -> Scene:
 
 
 def crowded_scene(rng: random.Random) -> Scene:
-    """A scene of several subjects, of all pairs: CLIPSeg did not learn from what the U-Net saw."""
+    """A scene of several subjects: CLIPSeg is not confined to the pairs that the U-Net saw."""
     count = rng.choices(list(CROWDED_COUNTS), list(CROWDED_COUNTS.values()))[0]
     return scene_of([random_noun(subject, rng) for subject in rng.sample(SUBJECTS, count)], rng)
 
