@@ -2,7 +2,7 @@
 
 A small convolutional network labels the pixels of a picture; fixed rules read a verdict off the
 labels. It shares no architecture and no training pictures with the CLIPSeg that guides the
-tempering, and the tempering never sees it. `pocket/recipe/judge.py` is what trained it.
+tempering, and the tempering never sees it. `recipe/judge.py` is what trained it.
 
 Labels stand on a grid of 32x32 cells, each 2x2 pixels of the picture:
     subject  0 the background, 1 .. 25 the subjects of `pocket.world`, 26 (`HYBRID`) a thing that

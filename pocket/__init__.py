@@ -1,1 +1,1 @@
-"""The bundled pocket model: its weights, the world that it draws, the recipe that trained it."""
+"""The bundled pocket model: its weights and the world that it draws."""

@@ -33,10 +33,10 @@ from benchmarks.judge import (
     verdict,
 )
 from pocket.images import Pixels
-from pocket.recipe import judge as recipe
-from pocket.recipe.data import Studio
-from pocket.recipe.packages import STYLES
 from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, parse
+from recipe import judge as recipe
+from recipe.data import Studio
+from recipe.packages import STYLES
 
 Where = tuple[slice | int, slice]
 
@@ -208,7 +208,7 @@ def studio() -> Studio:
         drawings = {
             (subject, style): sprite(subject, style) for subject in SUBJECTS for style in STYLES
         }
-        patch.setattr("pocket.recipe.data.drawings", lambda folder: drawings)
+        patch.setattr("recipe.data.drawings", lambda folder: drawings)
         return Studio(Path())
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from benchmarks.judge import load_judge
 from pocket.images import as_tensor
-from pocket.recipe.clipseg import PROMPTS, questions
-from pocket.recipe.data import Placed, Scene
-from pocket.recipe.judge import round_trip
-from pocket.recipe.measure import denoiser
-from pocket.recipe.unet import previews, repaint
 from pocket.world import Noun
+from recipe.clipseg import PROMPTS, questions
+from recipe.data import Placed, Scene
+from recipe.judge import round_trip
+from recipe.measure import denoiser
+from recipe.unet import previews, repaint
 
 CAR = Noun("car", "red")
 SCENE = Scene((Placed(CAR, "noto", False, 8, 8, 48),), "a red car", (255,) * 3, (255,) * 3)
@@ -52,7 +52,7 @@ def test_a_preview_of_less_noise_is_nearer_to_the_picture(
     preview = previews(denoiser(pipe), pipe.vae, latents, [SCENE] * 8, pipe.tokenizer)
     errors = []
     for last in (1, 200, 600):
-        monkeypatch.setattr("pocket.recipe.unet.LAST_PREVIEW", last)
+        monkeypatch.setattr("recipe.unet.LAST_PREVIEW", last)
         errors.append(off(preview(list(range(8)), torch.Generator().manual_seed(1)), cars))
     assert errors[0] < 0.05
     assert errors == sorted(errors)

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, CLIPTokenizer
 
 from pocket.images import Pixels, as_tensor
-from pocket.recipe.augment import worn
-from pocket.recipe.data import SIZE, Pictures, Scene
-from pocket.recipe.tokenizer import tokenize
-from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
+from recipe.augment import worn
+from recipe.data import SIZE, Pictures, Scene
+from recipe.tokenizer import tokenize
+from recipe.training import Plan, bf16, fit
 
 PLAN = Plan(steps=8000, batch=32, lr=1e-3, ema=0.998, decay=0.6, seed=3)
 TEXT_WIDTH, VISION_WIDTH = 128, 192

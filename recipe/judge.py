@@ -42,8 +42,9 @@ from benchmarks.judge import (
     verdict,
 )
 from pocket.images import Pixels, as_tensor
-from pocket.recipe.augment import between, worn
-from pocket.recipe.data import (
+from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
+from recipe.augment import between, worn
+from recipe.data import (
     SIZE,
     SUBJECT_SIZES,
     Placed,
@@ -54,9 +55,8 @@ from pocket.recipe.data import (
     place,
     random_noun,
 )
-from pocket.recipe.packages import STYLES
-from pocket.recipe.training import Plan, bf16, fit
-from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
+from recipe.packages import STYLES
+from recipe.training import Plan, bf16, fit
 
 PLAN = Plan(steps=16_000, batch=64, lr=2e-3, ema=0.995, seed=4)
 PICTURES = 40_000

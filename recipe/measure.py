@@ -1,4 +1,4 @@
-"""The figures of the model card: `python -m pocket.recipe.measure` writes pocket/figures.json.
+"""The figures of the model card: `python -m recipe.measure` writes pocket/figures.json.
 
 Everything is measured on renders and seeds that no stage trained on, with the weights as shipped.
 """
@@ -23,13 +23,13 @@ from benchmarks.judge import NO_COLOUR, Judge, Verdict, load_judge
 from benchmarks.prompts import benchmark
 from loaders import load_clipseg, load_pipeline
 from pocket.images import Pixels
-from pocket.recipe.data import Pictures, Studio, pictures, training_scene
-from pocket.recipe.judge import measure_judge, round_trip
-from pocket.recipe.unet import Denoiser, repaint
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
+from recipe.data import Pictures, Studio, pictures, training_scene
+from recipe.judge import measure_judge, round_trip
+from recipe.unet import Denoiser, repaint
 from segmentation import ClipSeg, classify, embed_prompts, segment
 
-FIGURES = Path(__file__).parent.parent / "figures.json"
+FIGURES = Path(__file__).parent.parent / "pocket" / "figures.json"
 BATCH = 50
 HELD_OUT = 500
 FIRST_SEED = 10_000
@@ -51,7 +51,7 @@ SAMPLES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pocket.recipe.measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipe.measure", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
     parser.add_argument("--pictures", type=int, default=500, help="pictures a figure")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Make the pocket model: `python -m pocket.recipe` runs every stage, or goes on where it stopped.
+"""Make the pocket model: `python -m recipe` runs every stage, or goes on where it stopped.
 
 Stages: unet (with its text encoder and the autoencoder it needs), clipseg, judge; renders come
 first by themselves, and the two others need the U-Net, whose pictures they learn to read. Each
@@ -15,23 +15,23 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from pocket.recipe.clipseg import train_clipseg
-from pocket.recipe.data import Pictures, Studio, crowded_scene, pictures, training_scene
-from pocket.recipe.export import export_clipseg, export_stable_diffusion
-from pocket.recipe.judge import export_judge, train_judge
-from pocket.recipe.tokenizer import new_tokenizer
-from pocket.recipe.unet import previews, repaint, train_unet
-from pocket.recipe.vae import latents, train_vae
+from recipe.clipseg import train_clipseg
+from recipe.data import Pictures, Studio, crowded_scene, pictures, training_scene
+from recipe.export import export_clipseg, export_stable_diffusion
+from recipe.judge import export_judge, train_judge
+from recipe.tokenizer import new_tokenizer
+from recipe.unet import previews, repaint, train_unet
+from recipe.vae import latents, train_vae
 
 HERE = Path(__file__).parent
-WEIGHTS = HERE.parent / "weights"
+WEIGHTS = HERE.parent / "pocket" / "weights"
 PICTURES = 100_000
 CROWDED = 40_000  # for CLIPSeg
 STAGES = ("unet", "clipseg", "judge")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pocket.recipe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipe", description=__doc__)
     parser.add_argument("stages", nargs="*", help=f"from {', '.join(STAGES)}; all by default")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of checkpoints")
     args = parser.parse_args()

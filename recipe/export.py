@@ -15,8 +15,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from pocket.recipe.data import SIZE
-from pocket.recipe.unet import SCHEDULE, Denoiser
+from recipe.data import SIZE
+from recipe.unet import SCHEDULE, Denoiser
 
 
 def export_stable_diffusion(

@@ -12,10 +12,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pocket.recipe.data import Scene
-from pocket.recipe.tokenizer import tokenize
-from pocket.recipe.training import Plan, bf16, fit
 from pocket.world import caption
+from recipe.data import Scene
+from recipe.tokenizer import tokenize
+from recipe.training import Plan, bf16, fit
 
 PLAN = Plan(steps=20_000, batch=96, lr=1e-3, ema=0.999, decay=0.4, seed=2)
 WIDTH = 128  # of the text encoder and of the cross-attention

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pocket.images import Pixels
-from pocket.recipe.packages import STYLES, drawings
 from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, caption, seen_pairs
+from recipe.packages import STYLES, drawings
 
 SIZE = 64  # pixels
 # Sizes and places are multiples of two latents: a drawing then has the same latents wherever it

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from pocket.images import Pixels, as_tensor
-from pocket.recipe.training import Plan, bf16, fit
+from recipe.training import Plan, bf16, fit
 
 PLAN = Plan(steps=3600, batch=12, lr=2e-3, ema=0.998, seed=1)
 KL_WEIGHT = 1e-6

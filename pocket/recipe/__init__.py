@@ -1,1 +1,0 @@
-"""The code that made the pocket model's weights; running the program does not need it."""
