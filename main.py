@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -137,12 +137,11 @@ def chosen_flow(args: argparse.Namespace) -> str:
 
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
-    values = {**vars(args)}
-    if args.backsteps is None:
-        values["backsteps"] = min(Tempering.backsteps, args.stoptime)
+    settings = Tempering(**{field.name: getattr(args, field.name) for field in fields(Tempering)})
+    values = {**vars(args), **asdict(settings)}
     request = Request(
         prompts=tuple(args.prompts),
-        settings=Tempering(**{field.name: values[field.name] for field in fields(Tempering)}),
+        settings=settings,
         models=Models(**{field.name: values[field.name] for field in fields(Models)}),
         seed=args.seed,
         output=args.output,
