@@ -19,6 +19,8 @@ PREVIEWS = ("vae", "linear")
 UNCERTAINTIES = ("class", "pixel")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
+# What may differ when an evaluation is resumed; anything else would mix two experiments.
+FREE_ON_RESUME = ("cycles", "device", "offload", "offline")
 DEFAULT_STEPS = 20
 # Where a picture of so many steps is tempered; of other numbers these are the same shares.
 DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
@@ -119,6 +121,7 @@ class Request:
     evaluate: bool = False
     cycles: int = 1
     resume: Path | None = None
+    blind: bool = False  # resumed by flags alone, since its run.json is damaged
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
