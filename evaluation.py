@@ -64,8 +64,8 @@ def conclude(session: Session, folder: Path, seeds: range, facts: Row) -> None:
         summarise_run(session, folder, [done[seed] for seed in seeds], facts)
     else:
         say(
-            f"{count(done, seeds)} are finished, other processes paint the rest; if one of them was "
-            f"killed, go on with: {command('--resume', folder)}"
+            f"{count(done, seeds)} are finished, other processes paint the rest; if one of them is "
+            f"gone, go on with: {command('--resume', folder)}"
         )
 
 
