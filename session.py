@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import outputs
+from hub import POCKET
 from loaders import (
-    POCKET,
     SAMPLER_NAMES,
     clipseg_for,
     load_clipseg,

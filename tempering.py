@@ -220,9 +220,10 @@ class Painter:
     def propose(self, walk: Walk, backsteps: int) -> Branch:
         """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
         state, settings = walk.kept, self.settings
+        height, width = state.x0.shape[-2:]
         gamma = gamma_map(
             state.view,
-            state.x0.shape[-2:],
+            (height, width),
             k=settings.k,
             background=settings.background,
             by_pixel=settings.uncertainty == "pixel",
