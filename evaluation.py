@@ -26,9 +26,9 @@ import outputs
 from errors import InputError
 from loaders import pick_device
 from metrics import PictureMetrics, picture_metrics, scatter, summarise, summary_table
-from outputs import Panel
 from session import Session, open_session, say
 from settings import Request
+from sheets import Panel, sheet
 from tempering import View
 
 Row = dict[str, Any]
@@ -173,7 +173,7 @@ def draw_sheet(folder: Path, shown: list[Row], title: str) -> Image.Image:
             with Image.open(folder / f"{row['seed']}-{name}.png") as picture:
                 panel = Panel(f"{row['seed']} {name}", picture.copy(), (str(metrics(row[name])),))
             panels.append(panel)
-    return outputs.sheet(panels, title)
+    return sheet(panels, title)
 
 
 def metrics(figures: Row) -> PictureMetrics:

@@ -18,7 +18,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +86,14 @@ def main() -> int:
     if "--update" in flags and others:
         say(f"error: --update runs alone, without {' or '.join(others)}")
         return 2
-    return guarded(lambda: start(flags))
+    try:
+        return start(flags)
+    except (SetupError, OSError) as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted: nothing was marked as installed, run the same command again to go on")
+        return 130
 
 
 def start(flags: list[str]) -> int:
@@ -121,15 +127,6 @@ def hand_over(python: str, program: list[str]) -> int:
             return process.wait()
         except KeyboardInterrupt:
             pass  # the console sent it to the other process too, which decides what follows
-
-
-def update() -> int:
-    """Upgrade the packages of the environment in use, and print what changed to stdout.
-
-    Returns the exit code: 0, or 1 when pip or the imports fail, or 130 when interrupted; the
-    reason then stands in one line on stderr. Never raises.
-    """
-    return guarded(upgrade_packages)
 
 
 def upgrade_packages() -> int:
@@ -312,18 +309,6 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def last_line(text: str) -> str:
     """The last line that says something: in a traceback the reason. Empty if there is none."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def guarded(job: Callable[[], int]) -> int:
-    """Run a job; whatever goes wrong becomes one line on stderr and an exit code."""
-    try:
-        return job()
-    except (SetupError, OSError) as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted: nothing was marked as installed, run the same command again to go on")
-        return 130
 
 
 def say(line: str) -> None:

@@ -29,6 +29,7 @@ from recipe.fidelity import features, precision_recall, single_renders
 from recipe.judge import measure_judge, round_trip
 from recipe.unet import Denoiser, repaint
 from segmentation import ClipSeg, classify, embed_prompts, segment
+from sheets import Panel, sheet
 
 FIGURES = Path(__file__).parent.parent / "pocket" / "figures.json"
 BATCH = 50
@@ -109,8 +110,8 @@ def draw_samples(pipe: StableDiffusionPipeline) -> Image.Image:
     for seed, prompt in enumerate(SAMPLES):
         rng = torch.Generator().manual_seed(seed)
         image = pipe(prompt, num_inference_steps=20, guidance_scale=7.5, generator=rng).images[0]
-        panels.append(outputs.Panel(prompt, image))
-    return outputs.sheet(panels, "The pocket model: 20 steps, guidance 7.5, seeds 0 to 11")
+        panels.append(Panel(prompt, image))
+    return sheet(panels, "The pocket model: 20 steps, guidance 7.5, seeds 0 to 11")
 
 
 def seconds_a_picture(pipe: StableDiffusionPipeline, runs: int = 5) -> float:
