@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 
 class TemperingError(Exception):
     """Base of the family: its text is one line that a user can act on."""
@@ -21,3 +23,8 @@ class ModelError(TemperingError):
 
 class ResourceError(TemperingError):
     """The machine ran out of something (memory, disk); the text names what would help."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 160 characters."""
+    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__

@@ -29,9 +29,9 @@ from cycles import Row
 from errors import InputError, TemperingError
 from loaders import pick_device
 from metrics import PictureMetrics, picture_metrics, scatter, summarise, summary_table
-from outputs import Panel
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, Request
+from sheets import Panel, sheet
 from tempering import View
 
 ON_SHEET = 8  # cycles; more would be a poster
@@ -225,7 +225,7 @@ def draw_sheet(folder: Path, shown: list[Row], title: str) -> Image.Image:
             with Image.open(cycles.picture_file(folder, row["seed"], name)) as picture:
                 panel = Panel(f"{row['seed']} {name}", picture.copy(), (str(metrics(row[name])),))
             panels.append(panel)
-    return outputs.sheet(panels, title)
+    return sheet(panels, title)
 
 
 def metrics(figures: Row) -> PictureMetrics:

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 import outputs
 from metrics import picture_metrics
-from outputs import Panel
 from session import Session, open_session
 from settings import Request
+from sheets import Panel, class_colours, class_overlay, sheet
 from tempering import Result, View
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def class_map(view: View) -> Image:
     """The classes over the picture that they were seen in."""
     size = (view.image.height, view.image.width)
     labels = F.interpolate(view.labels[None, None].double(), size=size, mode="nearest-exact")
-    return outputs.class_overlay(view.image, labels[0, 0].long().numpy())
+    return class_overlay(view.image, labels[0, 0].long().numpy())
 
 
 def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Image:
@@ -104,8 +104,8 @@ def draw_sheet(session: Session, result: Result, views: dict[str, View]) -> Imag
         title = f"kept: {kept} of {len(result.rounds)} rounds"
         panels["kept"] = Panel(title, result.kept.image, lines)
     order = [name for name in ORDER if name in panels]
-    colours = outputs.class_colours(len(request.prompts))
-    return outputs.sheet(
+    colours = class_colours(len(request.prompts))
+    return sheet(
         [panels[name] for name in order],
         f"{request.prompt} · seed {result.seed} · {session.model}",
         list(zip(request.prompts, colours, strict=True)),

@@ -25,7 +25,7 @@ def refuse_python():
     sys.exit(2)
 
 
-if sys.version_info[:2] < OLDEST:  # which may lack what is imported next; main.py relies on it, too
+if sys.version_info[:2] < OLDEST:  # which may lack what is imported next
     refuse_python()
 
 import hashlib
@@ -34,7 +34,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable  # noqa: F401 (in a type)
 from pathlib import Path
 from typing import NamedTuple, NoReturn  # noqa: F401 (in a type)
 
@@ -97,7 +96,14 @@ def main():
     if "--update" in flags and others:
         say("error: --update runs alone, without {}".format(" or ".join(others)))
         return 2
-    return guarded(lambda: start(flags))
+    try:
+        return start(flags)
+    except (SetupError, OSError) as error:
+        say("error: {}".format(error))
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted: nothing was marked as installed, run the same command again to go on")
+        return 130
 
 
 def start(flags):
@@ -133,16 +139,6 @@ def hand_over(python, program):
             return process.wait()
         except KeyboardInterrupt:
             pass  # the console sent it to the other process too, which decides what follows
-
-
-def update():
-    # type: () -> int
-    """Upgrade the packages of the environment in use, and print what changed to stdout.
-
-    Returns the exit code: 0, or 1 when pip or the imports fail, or 130 when interrupted; the
-    reason then stands in one line on stderr. Never raises.
-    """
-    return guarded(upgrade_packages)
 
 
 def upgrade_packages():
@@ -348,19 +344,6 @@ def last_line(text):
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
-def guarded(job):
-    # type: (Callable[[], int]) -> int
-    """Run a job; whatever goes wrong becomes one line on stderr and an exit code."""
-    try:
-        return job()
-    except (SetupError, OSError) as error:
-        say("error: {}".format(error))
-        return 1
-    except KeyboardInterrupt:
-        say("interrupted: nothing was marked as installed, run the same command again to go on")
-        return 130
-
-
 def say(line):
     # type: (str) -> None
     """Tell the user, on stderr: stdout is for results."""
@@ -368,22 +351,9 @@ def say(line):
     sys.stderr.flush()
 
 
-def heed_signals():
-    # type: () -> None
-    """Let what ends a service or a job (docker stop, slurm, torchrun) do as Ctrl-C does."""
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):  # of docker, slurm, a closed terminal: as Ctrl-C
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
-            signal.signal(number, interrupt)
-
-
-def interrupt(number, frame):
-    # type: (int, object) -> None
-    """Raise KeyboardInterrupt, once: launchers send a signal to the group and to each process."""
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    heed_signals()
+            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -1,14 +1,20 @@
 """The command line: reads the flags, runs one flow, and turns errors into one line and a code.
 
-Nothing heavy is imported before the arguments are known to be valid.
+Nothing heavy is imported before the arguments are known to be valid. A Python that is too old for
+the other files can read this one, and is told so.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.stderr.write("error: Python 3.10 to 3.13 is needed: start init.py with another one\n")
+    sys.exit(2)
 
 import argparse
 import importlib
-import json
-import sys
+import signal
+import subprocess
+import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -16,18 +22,30 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hub
 import loaders
 from errors import InputError, TemperingError
-from outputs import check_writable
-from settings import MAX_SEED, PREVIEWS, UNCERTAINTIES, VERSION, Models, Request, Tempering
+from outputs import check_writable, read_json
+from settings import (
+    DEFAULT_STEPS,
+    DEFAULT_WAY,
+    FREE_ON_RESUME,
+    MAX_SEED,
+    PREVIEWS,
+    UNCERTAINTIES,
+    VERSION,
+    Models,
+    Request,
+    Tempering,
+    in_proportion,
+)
 
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
+INIT = Path(__file__).with_name("init.py")
 PROMPTS = ("a black dog", "a toy robot")
-# What a flag says about this call, not about the picture: not kept in run.json.
+# What a flag says about this call, not the picture: neither kept in run.json nor taken from one.
 OF_THE_CALL = ("debug", "output", "repeat", "resume", "update")
-# What may differ when an evaluation is resumed; anything else would mix two experiments.
-FREE_ON_RESUME = ("cycles", "device", "offload", "offline", *OF_THE_CALL)
 EXAMPLES = """\
 examples:
   python init.py --tempered_inference
@@ -39,6 +57,123 @@ examples:
 
 init.py installs what is missing and hands every flag on; `python init.py --test` runs the tests.
 """
+
+# How flags are read.
+Options = dict[str, Any]
+SWITCH: Options = {"action": "store_true", "default": False}
+EITHER: Options = {"action": argparse.BooleanOptionalAction, "default": False}
+TEXT: Options = {"metavar": "TEXT"}
+NAME: Options = {"metavar": "NAME"}
+N: Options = {"type": int, "metavar": "N"}
+X: Options = {"type": float, "metavar": "X"}
+P: Options = {"type": float, "metavar": "P"}
+FOLDER: Options = {"type": Path, "metavar": "FOLDER"}
+
+# A flag has the name and the default of its setting; None is told in its own words.
+OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
+DEFAULTS: dict[str, Any] = {
+    **asdict(Tempering()),
+    **asdict(Models()),
+    **dict.fromkeys(DEFAULT_WAY),
+    "prompts": list(PROMPTS),
+    "seed": 2024,
+    "cycles": 4,
+    "output": Path("outputs"),
+}
+# Group -> flag -> how it is read, what it means.
+FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
+    "flows (exactly one a call)": {
+        "tempered_inference": (SWITCH, "make a tempered picture"),
+        "evaluate": (SWITCH, "measure plain against tempered over many seeds"),
+        "update": (SWITCH, "renew the installed libraries"),
+    },
+    "what to paint": {
+        "prompts": ({**TEXT, "nargs": "+"}, "one prompt a subject"),
+        "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
+        "negative_prompt": (TEXT, "what to keep out of the picture"),
+        "seed": (N, f"0..{MAX_SEED}; same start on every device"),
+        "height": (N, "pixels, a multiple of 8 (default: the model's)"),
+        "width": (N, "pixels, a multiple of 8 (default: the model's)"),
+    },
+    "tempering": {
+        "steps": (N, "denoising steps"),
+        "stoptime": (
+            N,
+            "interrupt after this many steps and look, 1..steps "
+            f"(default: {DEFAULT_WAY['stoptime']} {OF_STEPS})",
+        ),
+        "backsteps": (
+            N,
+            "go back by this many steps, 0..stoptime "
+            f"(default: {DEFAULT_WAY['backsteps']} {OF_STEPS}, stoptime at most)",
+        ),
+        "k": (X, "how fast uncertainty turns into fresh noise; 0 adds none"),
+        "uncertainty": (
+            {"choices": UNCERTAINTIES},
+            "what fresh noise follows: each class's uncertainty or each pixel's own",
+        ),
+        "background": (X, "uncertainty of pixels of no class, in the worst class's, 0..1"),
+        "cfg_rescale": (X, "fresh noise in tenths of what the schedule expects"),
+        "rounds": (N, "times to go back, look again and keep the better; 1 does not look again"),
+        "accept": (X, "with rounds: an energy that is low enough to stop at"),
+        "early_look": (
+            N,
+            "with rounds: look after this many steps, too; 0 does not "
+            f"(default: {DEFAULT_WAY['early_look']} {OF_STEPS})",
+        ),
+        "early_accept": (
+            X,
+            "with rounds: above this energy a picture goes no further than the early look",
+        ),
+        "temperature": (X, "with rounds: makes keeping a worse picture likelier; 0 never"),
+        "cooling": (X, "with rounds: each goes back so many times as far as the one before, 0..1"),
+        "candidates": (N, "with rounds: pictures a round, of which the best counts"),
+        "guidance_scale": (X, "weight of the prompt; 1 or less switches guidance off"),
+        "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
+        "threshold": (P, "a pixel below this probability belongs to no class"),
+        "preview": (
+            {"choices": PREVIEWS},
+            "how the interrupted latents become a picture for CLIPSeg",
+        ),
+    },
+    "models": {
+        "model": (
+            NAME,
+            "Hub id, diffusers folder, .safetensors file, or pocket (the bundled model); default: "
+            f"{hub.STABLE_DIFFUSION}, or pocket where it can not be had",
+        ),
+        "clipseg": (
+            NAME,
+            f"Hub id, folder or pocket (default: {hub.CLIPSEG}, or pocket with the pocket)",
+        ),
+        "vae": (NAME, "Hub id, folder or file (default: the model's)"),
+        "scheduler": (NAME, ", ".join(loaders.SCHEDULERS)),
+        "offline": (EITHER, "use what is in the cache, never the network"),
+    },
+    "machine": {
+        "device": (NAME, "cuda, mps, xpu or cpu (default: the best one present)"),
+        "dtype": (NAME, "fp16, bf16 or fp32 (default: what the device does best)"),
+        "offload": (
+            NAME,
+            "model or sequential: keep only that part of Stable Diffusion in GPU memory which "
+            "runs; slower",
+        ),
+    },
+    "results": {
+        "output": (FOLDER, "a folder a run is made in it"),
+        "compare": (EITHER, "make the plain picture of the same seed too"),
+        "cycles": (N, "seeds to evaluate: seed, seed + 1, ..."),
+        "repeat": (
+            {**FOLDER, "metavar": "RUN.JSON"},
+            "take every flag that is not given from an earlier run",
+        ),
+        "resume": (FOLDER, "go on with an interrupted evaluation"),
+    },
+}
+
+
+OPTIONS = {name: options for flags in FLAGS.values() for name, (options, _) in flags.items()}
+Arguments = dict[str, Any]  # by the names of the flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,9 +210,7 @@ def run(words: Sequence[str]) -> None:
     args = parse(words)
     flow = chosen_flow(args)
     if flow == "update":
-        import init
-
-        sys.exit(init.update())
+        sys.exit(subprocess.call([sys.executable, str(INIT), "--update"]))
     request = to_request(args)
     try:
         flow_module = importlib.import_module(MODULES[flow])
@@ -92,37 +225,101 @@ def run(words: Sequence[str]) -> None:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments; those of an earlier run (--repeat, --resume) stand in for flags not given."""
-    args = parser().parse_args(words)
-    if args.repeat and args.resume:
+    blank, defaults = parser(), vars(parser().parse_args([]))
+    blank.set_defaults(**dict.fromkeys(defaults))
+    typed = vars(blank.parse_args(words))
+    given = {name: value for name, value in typed.items() if value is not None}
+    check_working_directory()
+    stored: Arguments = {}
+    if "repeat" in given and "resume" in given:
         raise InputError("--repeat and --resume exclude each other, got both")
-    if not (args.repeat or args.resume):
-        return args
-    stored = stored_arguments(args.repeat or args.resume / "run.json")
-    if args.resume and not (stored.get("evaluate") and not args.tempered_inference):
-        raise InputError(f"--resume must name the folder of an evaluation, got {args.resume}")
-    if any(getattr(args, flow) for flow in FLOWS):
+    if "repeat" in given:
+        stored = follow_steps(stored_arguments(given["repeat"]), given)
+    if "resume" in given:
+        stored = resumed_arguments(given["resume"], given)
+    if not given.keys().isdisjoint(FLOWS):
         stored = {name: value for name, value in stored.items() if name not in FLOWS}
-    repeated = parser()
-    repeated.set_defaults(**stored)
-    args = repeated.parse_args(words)
-    changed = [
-        name
-        for name in stored
-        if name not in FREE_ON_RESUME and getattr(args, name) != stored[name]
-    ]
-    if args.resume and changed:
-        raise InputError(f"--resume must keep the run's own --{changed[0]} {stored[changed[0]]!r}")
-    return args
+    blind = "resume" in given and not stored
+    return argparse.Namespace(**{**defaults, **stored, **given}, blind=blind)
 
 
-def stored_arguments(path: Path) -> dict[str, Any]:
-    """The flags of an earlier run, from its run.json."""
+def check_working_directory() -> None:
+    """Raise InputError where it was deleted: no relative path means anything there."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-        known = vars(parser().parse_args([]))
-        return {name: stored[name] for name in stored.keys() & known}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"needs the run.json of an earlier run, got {path} ({error})") from error
+        Path.cwd()
+    except OSError as error:
+        raise InputError("the working directory must exist, this one was deleted") from error
+
+
+def stored_arguments(path: Path) -> Arguments:
+    """The flags of an earlier run that belong to its picture, from its run.json, as if typed.
+
+    Raises InputError for a file that is none, and for a value that its flag would not take.
+    """
+    try:
+        stored = read_json(path).get("arguments")
+        if not isinstance(stored, dict):
+            raise InputError("it holds no arguments")
+        names = [name for name in OPTIONS if name in stored and name not in OF_THE_CALL]
+        reader = parser()
+        return {name: as_typed(reader, name, stored[name]) for name in names}
+    except InputError as error:
+        raise InputError(f"needs the run.json of an earlier run, got {path}: {error}") from error
+
+
+def as_typed(reader: Parser, name: str, value: object) -> Any:
+    """A stored value as its flag would give it. Raises InputError for what it would not take."""
+    options = OPTIONS[name]
+    if value is None and DEFAULTS.get(name, ...) is None:
+        return None
+    if "action" in options:
+        kind, fits = "true or false", isinstance(value, bool)
+    elif "nargs" in options:
+        fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        kind = "a list of texts"
+    elif "type" in options:
+        kind, fits = "a number", type(value) in (int, float, str)
+    else:
+        kind, fits = "a text", isinstance(value, str)
+    if not fits:
+        shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
+        raise InputError(f"{name} must be {kind}, got {shown}")
+    if "action" in options or "nargs" in options:
+        return value
+    return getattr(reader.parse_args([f"--{name}={value}"]), name)
+
+
+def follow_steps(stored: Arguments, given: Arguments) -> Arguments:
+    """The stored flags; where other steps are given, those that follow them keep their share."""
+    before, now = stored.get("steps"), given.get("steps")
+    if not (before and now):
+        return stored
+    following = [name for name in DEFAULT_WAY if stored.get(name) is not None]
+    return {**stored, **{name: in_proportion(stored[name], before, now) for name in following}}
+
+
+def resumed_arguments(folder: Path, given: Arguments) -> Arguments:
+    """The flags of the evaluation in `folder`, which must stay as they are.
+
+    None where its run.json is damaged but all of them are given: the cycles tell whether they are.
+    """
+    try:
+        stored = stored_arguments(folder / "run.json")
+    except InputError as error:
+        if not any(folder.glob("cycles*.jsonl")):
+            raise
+        if "evaluate" in given:
+            return {}
+        raise InputError(
+            f"{error}; --resume goes on without it where all flags of the first call are given "
+            "again, --evaluate among them"
+        ) from error
+    if not stored.get("evaluate") or "tempered_inference" in given:
+        raise InputError(f"--resume must name the folder of an evaluation, got {folder}")
+    for name, value in stored.items():
+        if name not in FREE_ON_RESUME and given.get(name, value) != value:
+            raise InputError(f"--resume must keep the run's own --{name} {value!r}")
+    return stored
 
 
 def chosen_flow(args: argparse.Namespace) -> str:
@@ -146,11 +343,16 @@ def to_request(args: argparse.Namespace) -> Request:
         seed=args.seed,
         output=args.output,
         begun=datetime.now(),
-        arguments={name: value for name, value in values.items() if name not in OF_THE_CALL},
+        arguments={
+            name: value
+            for name, value in values.items()
+            if name in OPTIONS and name not in OF_THE_CALL
+        },
         compare=args.compare,
         evaluate=args.evaluate,
         cycles=args.cycles,
         resume=args.resume,
+        blind=args.blind,
     )
     check_models(request.models)
     check_writable(args.resume or args.output)
@@ -160,18 +362,17 @@ def to_request(args: argparse.Namespace) -> Request:
 def check_models(models: Models) -> None:
     """Raise InputError for names that can not mean a model or a scheduler."""
     loaders.scheduler_name(models.scheduler)
-    for name, check in (
-        (models.model, loaders.check_model),
-        (models.clipseg, loaders.check_clipseg),
-        (models.vae, loaders.check_vae),
+    for name, kind in (
+        (models.model, hub.MODEL),
+        (models.clipseg, hub.SEGMENTER),
+        (models.vae, hub.VAE),
     ):
         if name is not None:
-            check(name)
+            hub.check(name, kind)
 
 
 def parser() -> Parser:
     """All flags, in groups."""
-    defaults = Tempering()
     top = Parser(
         prog="main.py",
         description="Pictures with several subjects that do not bleed into each other: simulated "
@@ -182,153 +383,37 @@ def parser() -> Parser:
     )
     top.add_argument("--version", action="version", version=VERSION)
     top.add_argument("--debug", action="store_true", help="show a traceback with an error")
-
-    flows = top.add_argument_group("flows (exactly one a call)")
-    flows.add_argument("--tempered_inference", action="store_true", help="make a tempered picture")
-    flows.add_argument(
-        "--evaluate", action="store_true", help="measure plain against tempered over many seeds"
-    )
-    flows.add_argument("--update", action="store_true", help="renew the installed libraries")
-
-    what = top.add_argument_group("what to paint")
-    what.add_argument(
-        "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT",
-        help="one prompt a subject (default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument(
-        "--joiner", default=defaults.joiner, metavar="TEXT",
-        help="stands between the subjects in the prompt (default: %(default)r)",
-    )  # fmt: skip
-    what.add_argument(
-        "--negative_prompt", default="", metavar="TEXT", help="what to keep out of the picture"
-    )
-    what.add_argument(
-        "--seed", type=int, default=2024, help=f"0..{MAX_SEED}; same start on every device "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
-    what.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the model's)")
-
-    how = top.add_argument_group("tempering")
-    numbers = (
-        ("--steps", int, "N", "denoising steps"),
-        ("--stoptime", int, "N", "interrupt after this many steps and look, 1..steps"),
-        ("--k", float, "X", "how fast uncertainty turns into fresh noise; 0 adds none"),
-        (
-            "--background",
-            float,
-            "X",
-            "uncertainty of pixels of no class, in the worst class's, 0..1",
-        ),
-        ("--cfg_rescale", float, "X", "fresh noise in tenths of what the schedule expects"),
-        (
-            "--rounds",
-            int,
-            "N",
-            "times to go back, look again and keep the better; 1 does not look again",
-        ),
-        ("--accept", float, "X", "with rounds: an energy that is low enough to stop at"),
-        ("--early_look", int, "N", "with rounds: look after this many steps, too; 0 does not"),
-        (
-            "--early_accept",
-            float,
-            "X",
-            "with rounds: above this energy a picture goes no further than the early look",
-        ),
-        (
-            "--temperature",
-            float,
-            "X",
-            "with rounds: makes keeping a worse picture likelier; 0 never",
-        ),
-        (
-            "--cooling",
-            float,
-            "X",
-            "with rounds: each goes back so many times as far as the one before, 0..1",
-        ),
-        ("--candidates", int, "N", "with rounds: pictures a round, of which the best counts"),
-        ("--guidance_scale", float, "X", "weight of the prompt; 1 or less switches guidance off"),
-        ("--look_guidance", float, "X", "guidance of the picture that CLIPSeg is shown"),
-        ("--threshold", float, "P", "a pixel below this probability belongs to no class"),
-    )
-    for flag, kind, metavar, text in numbers:
-        how.add_argument(
-            flag, type=kind, metavar=metavar, default=getattr(defaults, flag[2:]),
-            help=f"{text} (default: %(default)g)",
-        )  # fmt: skip
-    how.add_argument(
-        "--backsteps", type=int, metavar="N",
-        help=f"go back by this many steps, 0..stoptime (default: {defaults.backsteps}, or stoptime "
-        "where that is less)",
-    )  # fmt: skip
-    how.add_argument(
-        "--uncertainty", choices=UNCERTAINTIES, default=defaults.uncertainty,
-        help="what fresh noise follows: each class's uncertainty or each pixel's own (default: "
-        "%(default)s)",
-    )  # fmt: skip
-    how.add_argument(
-        "--preview", choices=PREVIEWS, default=defaults.preview,
-        help="how the interrupted latents become a picture for CLIPSeg (default: %(default)s)",
-    )  # fmt: skip
-
-    models = top.add_argument_group("models")
-    models.add_argument(
-        "--model", metavar="NAME",
-        help="Hub id, diffusers folder, .safetensors file, or pocket (the bundled model); default: "
-        f"{loaders.STABLE_DIFFUSION}, or pocket where it can not be had",
-    )  # fmt: skip
-    models.add_argument(
-        "--clipseg", metavar="NAME",
-        help=f"Hub id, folder or pocket (default: {loaders.CLIPSEG}, or pocket with the pocket)",
-    )  # fmt: skip
-    models.add_argument(
-        "--vae", metavar="NAME", help="Hub id, folder or file (default: the model's)"
-    )
-    models.add_argument(
-        "--scheduler", default="euler", metavar="NAME",
-        help=f"{', '.join(loaders.SCHEDULERS)} (default: %(default)s)",
-    )  # fmt: skip
-    models.add_argument(
-        "--offline",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="use what is in the cache, never the network",
-    )
-
-    machine = top.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda, mps, xpu or cpu (default: the best one present)")
-    machine.add_argument("--dtype", help="fp16, bf16 or fp32 (default: what the device does best)")
-    machine.add_argument(
-        "--offload",
-        help="model or sequential: keep only that part of Stable Diffusion in GPU memory which "
-        "runs; slower",
-    )
-
-    results = top.add_argument_group("results")
-    results.add_argument(
-        "--output", type=Path, default=Path("outputs"), metavar="FOLDER",
-        help="a folder a run is made in it (default: %(default)s)",
-    )  # fmt: skip
-    results.add_argument(
-        "--compare",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="make the plain picture of the same seed too",
-    )
-    results.add_argument(
-        "--cycles", type=int, default=4, metavar="N",
-        help="seeds to evaluate: seed, seed + 1, ... (default: %(default)s)",
-    )  # fmt: skip
-    results.add_argument(
-        "--repeat", type=Path, metavar="RUN.JSON",
-        help="take every flag that is not given from an earlier run",
-    )  # fmt: skip
-    results.add_argument(
-        "--resume", type=Path, metavar="FOLDER", help="go on with an interrupted evaluation"
-    )
+    for title, flags in FLAGS.items():
+        group = top.add_argument_group(title)
+        for name, (options, text) in flags.items():
+            default = DEFAULTS.get(name)
+            group.add_argument(
+                f"--{name}", **{"default": default, **options}, help=f"{text}{shown(default, text)}"
+            )
     return top
 
 
+def shown(default: object, text: str) -> str:
+    """How a flag's help ends: with its default, where it has one and does not tell it itself."""
+    if default is None or default is False or default == "" or "(default" in text:
+        return ""
+    return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
+
+
+def heed_signals() -> None:
+    """Let what ends a job (docker stop, slurm, torchrun, a closed terminal) do as Ctrl-C does."""
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
+            signal.signal(number, interrupt)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt, once: launchers send a signal to the group and to each process."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(main())

@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
@@ -33,30 +32,6 @@ NONE = -1  # the label of a pixel that belongs to no class
 SMALLEST = 1e-6
 # The share of a picture's pixels that must show a class for it to be there: the smallest subjects.
 PUREST = 0.03
-
-# Latents to RGB in -1..1 without a VAE, by the VAE's scaling factor, which tells the families of
-# Stable Diffusion apart: a row for each latent channel, then the bias.
-LINEAR_MAPS = {
-    # Stable Diffusion 1.x, factors in public use.
-    0.18215: (
-        (0.3512, 0.2297, 0.3227),
-        (0.3250, 0.4974, 0.2350),
-        (-0.2829, 0.1762, 0.2721),
-        (-0.2120, -0.2616, -0.7177),
-        (0.0, 0.0, 0.0),
-    ),
-    # Stable Diffusion XL: Vass 2024, here brought from 0..255 to -1..1.
-    0.13025: tuple(
-        tuple((value - offset) / 127.5 for value in row)
-        for row, offset in (
-            ((60, 60, 60), 0),
-            ((-60, -5, 10), 0),
-            ((25, 15, -5), 0),
-            ((-70, -50, -35), 0),
-            ((150, 140, 130), 127.5),
-        )
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -179,57 +154,3 @@ def energy(probabilities: Tensor) -> float:
     )  # (C, H, W)
     evidence = alone.flatten(1).topk(count, dim=1).values.mean(dim=1)  # (C,)
     return float(-evidence.min().clamp(min=SMALLEST).log())
-
-
-def linear_map(vae: Any, device: torch.device | str) -> Tensor:
-    """The linear map (channels + 1, 3) from a VAE's scaled latents and 1 to RGB in -1..1.
-
-    Taken from `LINEAR_MAPS` where the VAE's family is known, else fitted on `device`.
-    """
-    config = vae.config
-    # Every VAE of these families has 4 channels and 4 levels; the factor then tells which it is.
-    family = config.scaling_factor, config.latent_channels, len(config.block_out_channels)
-    known = LINEAR_MAPS.get(family[0]) if family[1:] == (4, 4) else None
-    return fit_linear_map(vae, device) if known is None else torch.tensor(known)
-
-
-@torch.no_grad()
-def fit_linear_map(
-    vae: Any, device: torch.device | str, pictures: int = 32, size: int = 16, seed: int = 0
-) -> Tensor:
-    """Least-squares map (channels + 1, 3) from scaled latents and 1 to RGB in -1..1, float32.
-
-    The data are smooth random latents of unit variance, as a VAE's scaled latents are, and what
-    `vae` decodes them to; so it needs no pictures. `device` is where the VAE computes, which under
-    offload is not where it is kept.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    rough = torch.randn(pictures, vae.config.latent_channels, size // 2, size // 2, generator=rng)
-    smooth = F.interpolate(rough, size=(size, size), mode="bilinear")
-    latents = smooth / smooth.std()  # (B, channels, size, size)
-    scaled = (latents / vae.config.scaling_factor).to(device, vae.dtype)
-    pixels = vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)
-    rgb = F.interpolate(pixels.float().cpu(), size=(size, size), mode="area")
-    # In float64: a VAE whose channels repeat each other leaves float32 without a stable solution.
-    known, wanted = _with_one(latents).double(), _rows(rgb).double()
-    return torch.linalg.lstsq(known.flatten(0, 2), wanted.flatten(0, 2)).solution.float()
-
-
-def latents_to_rgb(latents: Tensor, weights: Tensor) -> Tensor:
-    """RGB (B, 3, h, w), float32 in -1..1, of scaled `latents` (B, channels, h, w), without a VAE.
-
-    `weights` is (channels + 1, 3), as `linear_map` gives it.
-    """
-    rgb = _with_one(latents.float()) @ weights.to(latents.device)  # (B, h, w, 3)
-    return rgb.permute(0, 3, 1, 2).clamp(-1, 1)
-
-
-def _rows(images: Tensor) -> Tensor:
-    """(B, channels, h, w) -> (B, h, w, channels)."""
-    return images.permute(0, 2, 3, 1)
-
-
-def _with_one(latents: Tensor) -> Tensor:
-    """Latents as rows with a constant 1 behind them, which carries the bias."""
-    rows = _rows(latents)
-    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import outputs
+from hub import POCKET
 from loaders import (
-    POCKET,
     SAMPLER_NAMES,
     clipseg_for,
     load_clipseg,
@@ -59,7 +59,7 @@ class Session:
 
     @property
     def dtype(self) -> str:
-        return str(self.pipe.unet.dtype).removeprefix("torch.")
+        return str(self.painter.sampler.family.denoiser.dtype).removeprefix("torch.")
 
     def parameters(self, image: Image, seed: int, name: str) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
@@ -102,7 +102,7 @@ class Session:
             "model": self.model,
             "clipseg": self.clipseg,
             "scheduler": type(self.pipe.scheduler).__name__,
-            "device": str(self.painter.device),
+            "device": str(self.painter.sampler.family.device),
             "dtype": self.dtype,
             "started": self.request.begun.isoformat(timespec="seconds"),
             "versions": {

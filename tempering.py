@@ -1,14 +1,8 @@
 """Tempering: denoise, look, put noise back where the classes are uncertain, denoise again.
 
-| symbol | name here      | meaning                                                            |
-|--------|----------------|--------------------------------------------------------------------|
-| x      | latents        | (1, channels, h, w), at the noise level of the step to come        |
-| x0     | x0             | clean latents that the denoiser predicts from x                    |
-| eps    | eps            | noise that the denoiser predicts, guidance included                |
-| alpha  | alpha          | signal scale at a timestep, sqrt(alphas_cumprod)                   |
-| sigma  | sigma          | noise scale, sqrt(1 - alphas_cumprod): x = alpha x0 + sigma eps    |
-| g      | guidance_scale | weight of classifier-free guidance                                 |
-| gamma  | gamma          | share of fresh noise in eps, per pixel (annealing.py)              |
+A round goes back from what is kept, denoises up to a look, and takes its place or not. What is kept
+in the end is denoised to the last step. Where fresh noise goes and what may be kept is the
+mathematics of annealing.py; how a picture gets from one noise level to another, sampling.py knows.
 
 The method is Alberto García Núñez's (master's thesis, UNIR); the re-noising here stays on the
 scheduler's own schedule for every k, and rounds of it are simulated annealing proper.
@@ -16,37 +10,23 @@ scheduler's own schedule for every k, and rounds of it are simulated annealing p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import PNDMScheduler
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
-from errors import InputError, ModelError
-from segmentation import (
-    ClipSeg,
-    View,
-    embed_prompts,
-    latents_to_rgb,
-    linear_map,
-    segment,
-    view_of,
-)
+from errors import InputError
+from families import family_of
+from sampling import Branch, Progress, Sampler, unheard
+from segmentation import ClipSeg, View, embed_prompts, segment, view_of
 from settings import Tempering, check_prompts
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 __all__ = ["Painter", "Result", "Tempering", "View", "temper"]
 
-Progress = Callable[[int], None]
 DEFAULTS = Tempering()
 
 
@@ -81,7 +61,7 @@ class Result:
 
 
 def temper(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     clipseg: ClipSeg,
     prompts: Sequence[str],
     settings: Tempering = DEFAULTS,
@@ -132,7 +112,7 @@ class Painter:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: DiffusionPipeline,
         clipseg: ClipSeg,
         prompts: Sequence[Sequence[str]],
         settings: Tempering = DEFAULTS,
@@ -148,14 +128,8 @@ class Painter:
         self.pipe = pipe
         self.clipseg = clipseg
         self.settings = settings
-        self.device = pipe._execution_device  # the only one that is right under offload
-        self.guided = settings.guidance_scale > 1  # as in diffusers' pipeline
         joined = [settings.joiner.join(each) for each in prompts]
-        with torch.no_grad():
-            positive, negative = pipe.encode_prompt(
-                joined, self.device, 1, self.guided, [settings.negative_prompt] * len(joined)
-            )
-        self.contexts = [negative, positive] if self.guided else [positive]  # each (B, L, D)
+        self.sampler = Sampler(family_of(pipe), joined, settings)
         self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 
     @torch.no_grad()
@@ -167,16 +141,16 @@ class Painter:
         Every picture has a random generator of its own, so it does not depend on the batch that
         it was made in (beyond floating-point rounding).
         """
-        report = progress or (lambda calls: None)
-        trunks = self.start(seeds)
-        walks = [self._walk(state) for state in self.follow(trunks, report)]
+        report = progress or unheard
+        trunks = self.sampler.start(seeds)
+        walks = [begun(state) for state in self.follow(trunks, report)]
         tempered = self.anneal(walks, report) if self.settings.rounds > 1 else self.once(walks)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
-        self.descend(branches, self.settings.steps, report)
+        self.sampler.denoise(branches, self.settings.steps, report)
 
-        images = self._decode_all(tempered)
-        plain = self._decode_all(trunks) if compare else [None] * len(seeds)
+        images = self.sampler.decode(tempered)
+        plain = self.sampler.decode(trunks) if compare else [None] * len(seeds)
         self.pipe.maybe_free_model_hooks()
         return [
             Result(
@@ -229,7 +203,7 @@ class Painter:
         found: dict[Branch, State] = {}
         going = list(branches)
         for step in self.settings.looks:
-            self.descend(going, step, report)
+            self.sampler.denoise(going, step, report)
             seen = [branch for branch in going if branch.first < step]
             found.update(zip(seen, self.examine(seen, step), strict=True))
             going = [each for each in going if each not in seen or self.promising(found[each])]
@@ -253,8 +227,11 @@ class Painter:
             k=settings.k,
             background=settings.background,
             by_pixel=settings.uncertainty == "pixel",
-        )
-        branch = self.go_back(state, max(0, state.step - backsteps), gamma, walk.generator)
+        ).to(state.eps.device)
+        fresh = self.sampler.noise(state.eps.shape, walk.generator, state.eps.dtype)
+        noise = mix_noise(state.eps, fresh, gamma, settings.cfg_rescale / 10)
+        step = max(0, state.step - backsteps)
+        branch = self.sampler.go_back(state.branch, state.x0, noise, step, walk.generator)
         walk.branches.append(branch)
         return branch
 
@@ -265,35 +242,38 @@ class Painter:
         """
         settings = self.settings
         early, stop, end = settings.looks[0], settings.stoptime, settings.steps
-        plain = self._counter(0)
-        to_stop = plain.evaluations_until(stop)
-        to_the_end = plain.evaluations_until(end) - to_stop
+        evaluations = self.sampler.evaluations
+        to_stop, to_the_end = evaluations(0, stop), evaluations(0, end) - evaluations(0, stop)
         total = to_stop + to_the_end * compare
         if settings.rounds == 1:
-            return total + self._counter(stop - settings.backsteps).evaluations_until(end)
+            return total + evaluations(stop - settings.backsteps, end)
         for number in range(1, settings.rounds + 1):
             depth = cooled_depth(settings.backsteps, settings.cooling, number)
-            total += settings.candidates * self._counter(stop - depth).evaluations_until(stop)
+            total += settings.candidates * evaluations(stop - depth, stop)
         # A picture that is left at the early look spares the way from there to `stoptime` (not with
         # `compare`, which paints it anyway); all candidates of one round may go it later.
-        total += (settings.candidates - 1 + compare) * (to_stop - plain.evaluations_until(early))
+        total += (settings.candidates - 1 + compare) * (to_stop - evaluations(0, early))
         return total + to_the_end
-
-    def _counter(self, step: int) -> Branch:
-        """A branch that only tells how many evaluations there are from `step` on."""
-        return self.branch(0, step, torch.Generator())
 
     def examine(self, branches: Sequence[Branch], step: int) -> list[State]:
         """The states of branches that are paused after `step`, with what CLIPSeg sees in them."""
         if not branches:
             return []
-        predictions = [branch.prediction() for branch in branches]
-        images = self.preview(torch.cat([branch.seen() for branch in branches]))
-        views = self.look(images, [branch.row for branch in branches])
+        scale = self.settings.guidance_scale
+        views = self.glance(branches, min(self.settings.look_guidance, scale))
         return [
-            State(branch, step, x0, eps, view)
-            for branch, (x0, eps), view in zip(branches, predictions, views, strict=True)
+            State(branch, step, *self.sampler.prediction(branch, scale), view)
+            for branch, view in zip(branches, views, strict=True)
         ]
+
+    def glance(self, branches: Sequence[Branch], guidance_scale: float) -> list[View]:
+        """CLIPSeg's view of what branches are about to paint, as it is at this guidance.
+
+        Full guidance overshoots in the first half of the way: there its x0 is glaring, and CLIPSeg
+        can not tell good from bad in it.
+        """
+        images = self.sampler.preview(branches, guidance_scale)
+        return self.look(images, [branch.row for branch in branches])
 
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
         """CLIPSeg's view of each image; `rows` says whose prompts (default: of all B in order)."""
@@ -304,131 +284,11 @@ class Painter:
             for image, probabilities in zip(images, found, strict=True)
         ]
 
-    def start(self, seeds: Sequence[int]) -> list[Branch]:
-        """A branch a seed, of pure noise as diffusers' pipeline draws it from a CPU generator.
 
-        Raises InputError for seeds that are not as many as the batch's pictures, and for a size
-        that is no multiple of the VAE's factor.
-        """
-        batch = len(self.embeddings)
-        if len(seeds) != batch:
-            raise InputError(
-                f"a batch must have {batch} seed{'s' * (batch > 1)}, one a list of prompts, got "
-                f"{len(seeds)}"
-            )
-        unet = self.pipe.unet.config
-        factor = self.pipe.vae_scale_factor
-        height = self.settings.height or unet.sample_size * factor
-        width = self.settings.width or unet.sample_size * factor
-        if height % factor or width % factor:
-            raise InputError(f"sizes must be multiples of {factor} pixels, got {width}x{height}")
-        shape = (1, unet.in_channels, height // factor, width // factor)
-        branches = []
-        for row, seed in enumerate(seeds):
-            branch = self.branch(row, 0, torch.Generator().manual_seed(seed))
-            noise = self.noise(shape, branch.generator, self.contexts[0].dtype)
-            branch.latents = noise * branch.scheduler.init_noise_sigma
-            branches.append(branch)
-        return branches
-
-    def go_back(self, state: State, step: int, gamma: Tensor, generator: torch.Generator) -> Branch:
-        """A new branch from the noise level of `step`; `state` stays as it is.
-
-        x <- alpha x0 + sigma (sqrt(1 - gamma) eps + sqrt(gamma) fresh noise), with `gamma`
-        (1, 1, h, w). A multistep scheduler's history is left behind.
-        """
-        branch = self.branch(state.branch.row, step, generator)
-        if not len(branch.timesteps):
-            branch.latents = state.branch.latents  # no step was undone: there is no noise left
-            return branch
-        fresh = self.noise(state.x0.shape, generator, torch.float32)
-        scale = self.settings.cfg_rescale / 10
-        noise = mix_noise(state.eps, fresh, gamma.to(state.eps.device), scale)
-        latents = branch.scheduler.add_noise(state.x0, noise, branch.timesteps[:1])
-        branch.latents = latents.to(state.branch.latents.dtype)
-        return branch
-
-    def descend(self, branches: Sequence[Branch], until: int, report: Progress) -> None:
-        """Denoise `branches` until step `until`; `report` hears of every U-Net call."""
-        for calls in descend(self, branches, until):
-            report(calls)
-
-    def predict(self, branches: Sequence[Branch]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The U-Net's input and guided output for branches at one timestep, in one batch.
-
-        Each third is the output at `look_guidance`. Full guidance overshoots in the first half of
-        the way: there its x0 is glaring, and CLIPSeg can not tell good from bad in it.
-        """
-        inputs = [branch.model_input() for branch in branches]
-        rows = [branch.row for branch in branches]
-        output = self.pipe.unet(
-            torch.cat(inputs * len(self.contexts)),
-            branches[0].timestep,
-            encoder_hidden_states=torch.cat([context[rows] for context in self.contexts]),
-            return_dict=False,
-        )[0]
-        outputs = output.chunk(len(self.contexts))
-        scale = self.settings.guidance_scale
-        guided = self.guide(outputs, scale).chunk(len(branches))
-        seen = self.guide(outputs, min(self.settings.look_guidance, scale)).chunk(len(branches))
-        return list(zip(inputs, guided, seen, strict=True))
-
-    def guide(self, outputs: Sequence[Tensor], scale: float) -> Tensor:
-        """One output of the U-Net's for each of `contexts`: classifier-free guidance."""
-        if not self.guided:
-            return outputs[0]
-        negative, positive = outputs
-        return negative + scale * (positive - negative)
-
-    def preview(self, x0: Tensor) -> list[Image.Image]:
-        """Pictures of predicted clean latents, by the VAE or by the linear map."""
-        if self.settings.preview == "vae":
-            return self.decode(x0.to(self.contexts[0].dtype))
-        rgb = latents_to_rgb(x0, self._linear_map)
-        large = F.interpolate(rgb, scale_factor=self.pipe.vae_scale_factor, mode="bilinear")
-        return self._pictures(large)
-
-    @cached_property
-    def _linear_map(self) -> Tensor:
-        return linear_map(self.pipe.vae, self.device)
-
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of clean latents (B, channels, h, w), as diffusers' pipeline makes them.
-
-        Raises ModelError for pixels that are not finite, as fp16 overflows give them.
-        """
-        vae = self.pipe.vae
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-        if not pixels.isfinite().all():
-            dtype = str(vae.dtype).removeprefix("torch.")
-            raise ModelError(f"the picture is not finite in {dtype}; --dtype fp32 or bf16 may help")
-        return self._pictures(pixels)
-
-    def _decode_all(self, branches: Sequence[Branch]) -> list[Image.Image]:
-        return self.decode(torch.cat([branch.latents for branch in branches]))
-
-    def _pictures(self, pixels: Tensor) -> list[Image.Image]:
-        normal = [True] * len(pixels)
-        processor = self.pipe.image_processor
-        return list(processor.postprocess(pixels, output_type="pil", do_denormalize=normal))
-
-    def noise(self, shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """Noise of unit variance, the same on every device."""
-        return randn_tensor(tuple(shape), generator=generator, device=self.device, dtype=dtype)
-
-    def branch(self, row: int, step: int, generator: torch.Generator) -> Branch:
-        """A branch of picture `row` of the batch from `step` on; its latents are to be set."""
-        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
-        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
-            raise InputError("PNDM must be used with skip_prk_steps=True, got False")
-        scheduler.set_timesteps(self.settings.steps, device=self.device)
-        extra = self.pipe.prepare_extra_step_kwargs(generator, eta=0.0)
-        return Branch(scheduler, row, step, generator, extra)
-
-    def _walk(self, state: State) -> Walk:
-        # The trunk's random stream goes on here: fresh noise never repeats the noise at the start.
-        generator = _clone(state.branch.generator)
-        return Walk(state, state, generator, [state.branch], [])
+def begun(state: State) -> Walk:
+    """The walk of a picture that was looked at for the first time."""
+    # The trunk's random stream goes on here: fresh noise never repeats the noise at the start.
+    return Walk(state, state, state.branch.generator.clone_state(), [state.branch], [])
 
 
 def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: float) -> None:
@@ -443,131 +303,3 @@ def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: f
     walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept))
     if kept:
         walk.kept = best
-
-
-class Branch:
-    """One picture on its way down a schedule of its own, from a given step."""
-
-    latents: Tensor  # (1, channels, h, w)
-
-    def __init__(
-        self,
-        scheduler: Any,
-        row: int,
-        step: int,
-        generator: torch.Generator,
-        extra: dict[str, Any],
-    ) -> None:
-        self.scheduler = scheduler
-        self.row = row  # of the batch's text
-        self.generator = generator
-        self.evaluations = 0
-        self.first = step  # of the schedule
-        self._extra = extra
-        self._first = step * scheduler.order  # Heun's has two entries a step
-        self.timesteps = timesteps_from(scheduler, self._first)
-        # On the host, so that comparing timesteps does not wait for the device.
-        self._host_timesteps = self.timesteps.tolist()
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(self._first)
-
-    @property
-    def timestep(self) -> Tensor:
-        return self.timesteps[self.evaluations]
-
-    @property
-    def level(self) -> float:
-        """The timestep to come, on the host."""
-        return float(self._host_timesteps[self.evaluations])
-
-    def reached(self, step: int) -> bool:
-        """Whether `step` steps of the schedule are done."""
-        return self.evaluations >= self.evaluations_until(step)
-
-    def model_input(self) -> Tensor:
-        return self.scheduler.scale_model_input(self.latents, self.timestep)
-
-    def step(self, model_input: Tensor, output: Tensor, seen: Tensor) -> None:
-        """One scheduler step with the U-Net's guided `output` for `model_input`.
-
-        `seen` is the output at the guidance at which one looks.
-        """
-        self._last = model_input, output, seen
-        self.latents = self.scheduler.step(
-            output, self.timestep, self.latents, **self._extra, return_dict=False
-        )[0]
-        self.evaluations += 1
-
-    def prediction(self) -> tuple[Tensor, Tensor]:
-        """x0 and eps of the last evaluation, float32."""
-        assert self._last is not None
-        return self._clean_and_noise(self._last[0], self._last[1])
-
-    def seen(self) -> Tensor:
-        """x0 of the last evaluation, float32, at the guidance at which one looks."""
-        assert self._last is not None
-        return self._clean_and_noise(self._last[0], self._last[2])[0]
-
-    def _clean_and_noise(self, model_input: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """x0 and eps by the scheduler's prediction type.
-
-        epsilon: x0 = (x - sigma eps) / alpha. v (Salimans & Ho 2022, arXiv:2202.00512):
-        x0 = alpha x - sigma v, eps = sigma x + alpha v. sample: x0 itself.
-        """
-        x, output = model_input.float(), output.float()
-        alpha, sigma = self._signal_and_noise()
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return alpha * x - sigma * output, sigma * x + alpha * output
-        if kind == "sample":
-            return output, (x - alpha * output) / sigma
-        return (x - sigma * output) / alpha, output
-
-    def _signal_and_noise(self) -> tuple[float, float]:
-        """alpha and sigma at the last evaluation."""
-        done = self.evaluations - 1
-        if hasattr(self.scheduler, "sigmas"):
-            ratio = float(self.scheduler.sigmas[self._first + done])  # sigma / alpha
-            alpha = (1 + ratio**2) ** -0.5
-            return alpha, ratio * alpha
-        alpha_squared = float(self.scheduler.alphas_cumprod[int(self._host_timesteps[done])])
-        return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
-
-    def evaluations_until(self, step: int) -> int:
-        """Evaluations from this branch's start until `step` steps of the schedule are done."""
-        steps = step - self.first
-        if isinstance(self.scheduler, PNDMScheduler):
-            steps += steps > 0  # its first step takes two evaluations
-        return min(steps * self.scheduler.order, len(self.timesteps))
-
-
-def timesteps_from(scheduler: Any, first: int) -> Tensor:
-    """The timesteps of the evaluations from entry `first` of the schedule to its end.
-
-    PNDM without Runge-Kutta steps warms up by evaluating its second timestep twice, wherever it
-    starts (Liu et al. 2022, arXiv:2202.09778; diffusers' `skip_prk_steps`).
-    """
-    if not isinstance(scheduler, PNDMScheduler):
-        return scheduler.timesteps[first:]
-    rest = scheduler.timesteps.unique().flip(0)[first:]  # descending
-    return torch.cat([rest[:2], rest[1:]])
-
-
-def descend(painter: Painter, branches: Sequence[Branch], until: int) -> Iterator[int]:
-    """Denoise `branches` until step `until`; yields the number of U-Net calls just made.
-
-    The noisiest go first, so that branches catch up with each other and share batches from there.
-    """
-    while waiting := [branch for branch in branches if not branch.reached(until)]:
-        level = max(branch.level for branch in waiting)
-        meeting = [branch for branch in waiting if branch.level == level]
-        for branch, predicted in zip(meeting, painter.predict(meeting), strict=True):
-            branch.step(*predicted)
-        yield len(meeting)
-
-
-def _clone(generator: torch.Generator) -> torch.Generator:
-    clone = torch.Generator(generator.device)
-    clone.set_state(generator.get_state())
-    return clone

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import loaders
+from hub import MODEL
 
-POCKET_TOKENIZER = (
-    Path(loaders.__file__).parent / "pocket" / "weights" / "stable-diffusion" / "tokenizer"
-)
+POCKET_TOKENIZER = MODEL.pocket / "tokenizer"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 # Small enough that the activations of random weights stay finite in bf16.
 SPREAD = 0.02

@@ -164,15 +164,20 @@ class JudgeNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of subject (B, 27, 32, 32) and colour (B, 12, 32, 32) for (B, 3, 64, 64)."""
-        x, laterals = images, []
-        for down, across in zip(self.down, self.across, strict=True):
-            x = down(x)
-            laterals.append(across(x))  # sides 32, 16, 8, 4
+        laterals = [across(x) for across, x in zip(self.across, self.levels(images), strict=True)]
         y = self.up[-1](laterals[-1])
         for up, lateral in zip(reversed(self.up[:-1]), reversed(laterals[:-1]), strict=True):
             y = up(lateral + F.interpolate(y, scale_factor=2.0))
         logits = self.head(y)
         return logits[:, :SUBJECT_LABELS], logits[:, SUBJECT_LABELS:]
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """What is seen on the way down: (B, width, side, side) for sides 32, 16, 8, 4."""
+        x, seen = images, []
+        for down in self.down:
+            x = down(x)
+            seen.append(x)
+        return seen
 
 
 class Judge:
@@ -198,6 +203,11 @@ class Judge:
         parts = [self._label(images[i : i + batch]) for i in range(0, len(images), batch)]
         subject, colour = (np.concatenate(maps) for maps in zip(*parts, strict=True))
         return Labels(subject, colour)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """The deepest level (B, 128, 4, 4) for images (B, 3, 64, 64) in -1..1."""
+        return self._net.levels(images)[-1]
 
     @torch.inference_mode()
     def _label(self, images: Pixels) -> tuple[Pixels, Pixels]:

@@ -25,11 +25,10 @@ import torch
 from scipy.stats import mannwhitneyu
 
 import outputs
-from benchmarks.methods import Case, seeds
+from benchmarks.methods import Case, paint, seeds
 from benchmarks.prompts import development
 from benchmarks.quality import BATCH, RESULTS, drawn, models_and_judge, one_thread
 from benchmarks.roster import BARE
-from tempering import descend
 
 FIRST_SEED = 950_000
 STEPS = (2, 4, 6, 8, 10, 12, 15, 18)
@@ -68,18 +67,14 @@ def watched(cases: Sequence[Case], scale: float) -> list[Watched]:
     """The energies of each case at every look, and whether the judge finds it spoiled."""
     models, judge = models_and_judge()
     energies: list[dict[str, float]] = [{} for _ in cases]
-    for look in [each for each in LOOKS if each <= scale]:
-        settings = replace(BARE, guidance_scale=scale, look_guidance=look)
-        painter = models.painter(cases, settings)
-        branches = painter.start(seeds(cases))
-        for step in STEPS:
-            for _ in descend(painter, branches, step):
-                pass
-            for seen, state in zip(energies, painter.examine(branches, step), strict=True):
-                seen[f"{look:g}/{step}"] = state.view.energy
-    for _ in descend(painter, branches, BARE.steps):
-        pass
-    images = painter.decode(torch.cat([branch.latents for branch in branches]))
+    painter = models.painter(cases, replace(BARE, guidance_scale=scale))
+    branches = painter.sampler.start(seeds(cases))
+    for step in STEPS:
+        painter.sampler.denoise(branches, step)
+        for look in [each for each in LOOKS if each <= scale]:
+            for seen, view in zip(energies, painter.glance(branches, look), strict=True):
+                seen[f"{look:g}/{step}"] = view.energy
+    images = paint(painter.sampler, branches)
     pixels = np.stack([np.asarray(image) for image in images])
     verdicts = judge.judge(pixels, [case.prompt.nouns for case in cases])
     return [(seen, not each.all_ok) for seen, each in zip(energies, verdicts, strict=True)]

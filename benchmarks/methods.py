@@ -20,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.prompts import Prompt
+from families import family_of
+from sampling import Branch, Sampler
 from segmentation import ClipSeg
 from settings import Tempering
-from tempering import Branch, Painter, descend
+from tempering import Painter
 
 # Seeds of a picture's further candidates, far from those of other pictures.
 NEXT_CANDIDATE = 1_000_003
@@ -51,12 +53,14 @@ class Models:
     pipe: StableDiffusionPipeline
     clipseg: ClipSeg
 
-    def painter(
-        self, cases: Sequence[Case], settings: Tempering, kind: type[Painter] = Painter
-    ) -> Painter:
+    def sampler(self, cases: Sequence[Case], settings: Tempering) -> Sampler:
+        """A sampler of `cases`, for methods that do not look."""
+        return Sampler(family_of(self.pipe), [case.prompt.text for case in cases], settings)
+
+    def painter(self, cases: Sequence[Case], settings: Tempering) -> Painter:
         """A painter of `cases`, which share one joiner."""
         settings = replace(settings, joiner=cases[0].prompt.joiner)
-        return kind(self.pipe, self.clipseg, [case.prompt.phrases for case in cases], settings)
+        return Painter(self.pipe, self.clipseg, [case.prompt.phrases for case in cases], settings)
 
 
 Method = Callable[[Models, Sequence[Case]], list[Painted]]
@@ -66,19 +70,18 @@ def seeds(cases: Sequence[Case]) -> list[int]:
     return [case.seed for case in cases]
 
 
-def paint(painter: Painter, branches: Sequence[Branch]) -> list[Image.Image]:
+def paint(sampler: Sampler, branches: Sequence[Branch]) -> list[Image.Image]:
     """Denoise to the end and decode."""
-    for _ in descend(painter, branches, painter.settings.steps):
-        pass
-    return painter.decode(torch.cat([branch.latents for branch in branches]))
+    sampler.denoise(branches, sampler.settings.steps)
+    return sampler.decode(branches)
 
 
 @torch.no_grad()
 def plain(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
     """The sampler as it is."""
-    painter = models.painter(cases, settings)
-    branches = painter.start(seeds(cases))
-    images = paint(painter, branches)
+    sampler = models.sampler(cases, settings)
+    branches = sampler.start(seeds(cases))
+    images = paint(sampler, branches)
     return [Painted(i, b.evaluations) for i, b in zip(images, branches, strict=True)]
 
 
@@ -103,8 +106,8 @@ def best_of_n(
         if not rows:
             break
         painter = models.painter([cases[i] for i in rows], settings)
-        branches = painter.start([cases[i].seed + number * NEXT_CANDIDATE for i in rows])
-        images = paint(painter, branches)
+        branches = painter.sampler.start([cases[i].seed + number * NEXT_CANDIDATE for i in rows])
+        images = paint(painter.sampler, branches)
         for i, branch, view in zip(rows, branches, painter.look(images), strict=True):
             calls[i] += branch.evaluations
             found = best[i]
@@ -113,10 +116,11 @@ def best_of_n(
     return [Painted(found[1], cost) for found, cost in zip(best, calls, strict=True) if found]
 
 
-class ComposablePainter(Painter):
+class ComposableSampler(Sampler):
     """Composable Diffusion (Liu et al. 2022, arXiv:2206.01714): the sum of the sub-prompts' scores.
 
-    eps = eps_negative + sum_i w_i (eps_i - eps_negative), with a weight for each of the contexts.
+    eps = eps_negative + sum_i w_i (eps_i - eps_negative), with a weight for each conditioning but
+    the first.
     """
 
     weights: Sequence[float]
@@ -136,18 +140,17 @@ def composable(
     With a weight `joined` the whole prompt is one of the terms, too, as users of AND write it where
     the sum of the parts alone, as in the paper, grows the subjects together.
     """
-    painter = models.painter(cases, settings, ComposablePainter)
-    assert isinstance(painter, ComposablePainter)
-    phrases = [phrase for case in cases for phrase in case.prompt.phrases]
-    each, _ = models.pipe.encode_prompt(phrases, painter.device, 1, False)
-    classes = len(cases[0].prompt.nouns)
-    negative, whole = painter.contexts
+    family = family_of(models.pipe)
+    sampler = ComposableSampler(family, [case.prompt.text for case in cases], settings)
+    phrases = [case.prompt.phrases for case in cases]
+    parts = [family.encode(of_one_place, None)[0] for of_one_place in zip(*phrases, strict=True)]
+    negative, whole = sampler.conditionings
     wholes = [whole] if joined else []
-    painter.contexts = [negative, *wholes, *each.unflatten(0, (-1, classes)).unbind(1)]
-    painter.weights = [joined] * len(wholes) + [weight] * classes
-    branches = painter.start(seeds(cases))
-    images = paint(painter, branches)
-    halves = len(painter.contexts) / 2
+    sampler.conditionings = [negative, *wholes, *parts]
+    sampler.weights = [joined] * len(wholes) + [weight] * len(parts)
+    branches = sampler.start(seeds(cases))
+    images = paint(sampler, branches)
+    halves = len(sampler.conditionings) / 2
     return [Painted(i, b.evaluations * halves) for i, b in zip(images, branches, strict=True)]
 
 
@@ -160,27 +163,26 @@ def restart(
     From `stoptime` by `backsteps`, everywhere, whatever the picture shows. In Euler's scaling of
     the latents: x + sqrt(sigma_hi^2 - sigma_lo^2) noise.
     """
-    painter = models.painter(cases, settings)
+    sampler = models.sampler(cases, settings)
     stop, step = settings.stoptime, settings.stoptime - settings.backsteps
-    branches = painter.start(seeds(cases))
+    branches = sampler.start(seeds(cases))
     calls = [0] * len(cases)
     for _ in range(times):
-        for _ in descend(painter, branches, stop):
-            pass
+        sampler.denoise(branches, stop)
         calls = [cost + branch.evaluations for cost, branch in zip(calls, branches, strict=True)]
-        branches = [noisier(painter, branch, stop, step) for branch in branches]
-    images = paint(painter, branches)
+        branches = [noisier(sampler, branch, stop, step) for branch in branches]
+    images = paint(sampler, branches)
     return [
         Painted(image, cost + branch.evaluations)
         for image, cost, branch in zip(images, calls, branches, strict=True)
     ]
 
 
-def noisier(painter: Painter, branch: Branch, at: int, to: int) -> Branch:
+def noisier(sampler: Sampler, branch: Branch, at: int, to: int) -> Branch:
     """A branch from step `to` with the latents of one at step `at` and the noise between them."""
-    again = painter.branch(branch.row, to, branch.generator)
+    again = sampler.branch(branch.row, to, branch.generator)
     low, high = (again.scheduler.sigmas[step] for step in (at, to))
-    noise = painter.noise(branch.latents.shape, branch.generator, branch.latents.dtype)
+    noise = sampler.noise(branch.latents.shape, branch.generator, branch.latents.dtype)
     again.latents = branch.latents + (high**2 - low**2).sqrt() * noise
     return again
 

@@ -37,6 +37,7 @@ from benchmarks.prompts import Prompt, laboratory
 from benchmarks.roster import BARE, PLAIN, ROSTER
 from loaders import load_clipseg, load_pipeline
 from metrics import Paired, bootstrap_interval, paired, picture_metrics
+from sheets import class_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,9 @@ SOURCES = (
     "annealing.py",
     "benchmarks/judge.py",
     "benchmarks/methods.py",
+    "families.py",
     "metrics.py",
+    "sampling.py",
     "segmentation.py",
     "settings.py",
     "tempering.py",
@@ -464,7 +467,7 @@ def plot(pooled: Mapping[str, Summary]) -> Figure:
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    colours = [tuple(part / 255 for part in each) for each in outputs.class_colours(len(MARKS))]
+    colours = [tuple(part / 255 for part in each) for each in class_colours(len(MARKS))]
     families: dict[str, list[Summary]] = {}
     for name, each in pooled.items():
         families.setdefault(name.partition("@")[0], []).append(each)

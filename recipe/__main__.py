@@ -1,5 +1,7 @@
 """Make the pocket model: `python -m recipe` runs every stage, or goes on where it stopped.
 
+`OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m recipe` shares each batch between two cores.
+
 Stages: unet (with its text encoder and the autoencoder it needs), clipseg, judge; renders come
 first by themselves, and the two others need the U-Net, whose pictures they learn to read. Each
 keeps its state in the work folder, so that a killed run loses a few minutes at most; the finished
@@ -9,17 +11,20 @@ weights go to pocket/weights and benchmarks.
 from __future__ import annotations
 
 import argparse
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, distributed
 
 from recipe.clipseg import train_clipseg
 from recipe.data import Pictures, Studio, crowded_scene, pictures, training_scene
 from recipe.export import export_clipseg, export_stable_diffusion
 from recipe.judge import export_judge, train_judge
 from recipe.tokenizer import new_tokenizer
+from recipe.training import first_alone, process
 from recipe.unet import previews, repaint, train_unet
 from recipe.vae import latents, train_vae
 
@@ -38,6 +43,9 @@ def main() -> None:
     unknown = set(args.stages) - set(STAGES)
     if unknown:
         parser.error(f"stages must be from {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
+    if "WORLD_SIZE" in os.environ:  # torchrun's
+        # The others wait while the first renders.
+        distributed.init_process_group("gloo", timeout=timedelta(hours=6))
     make(args.stages or STAGES, args.work)
 
 
@@ -48,22 +56,25 @@ def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
     """
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    studio = Studio(work / "packages")
+    studio = first_alone(lambda: Studio(work / "packages"))
     tokenizer = new_tokenizer()
-    seen = pictures(studio, work, "train", PICTURES, training_scene)
+    seen = first_alone(lambda: pictures(studio, work, "train", PICTURES, training_scene))
     vae = train_vae(seen.images, work)
-    codes = scaled_latents(vae, seen, work / "latents.pt")
+    codes = first_alone(lambda: scaled_latents(vae, seen, work / "latents.pt"))
     denoiser = train_unet(codes, seen.scenes, tokenizer, work)
-    if "unet" in stages:
+    if "unet" in stages and process() == 0:
         export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, new_tokenizer())
     if "clipseg" in stages:
-        crowded = pictures(studio, work, "clipseg", CROWDED, crowded_scene)
-        codes = scaled_latents(vae, crowded, work / "clipseg-latents.pt")
+        crowded = first_alone(lambda: pictures(studio, work, "clipseg", CROWDED, crowded_scene))
+        codes = first_alone(lambda: scaled_latents(vae, crowded, work / "clipseg-latents.pt"))
         preview = previews(denoiser, vae, codes, crowded.scenes, tokenizer)
         clipseg = train_clipseg(crowded, preview, tokenizer, work)
-        export_clipseg(WEIGHTS / "clipseg", clipseg, new_tokenizer())
+        if process() == 0:
+            export_clipseg(WEIGHTS / "clipseg", clipseg, new_tokenizer())
     if "judge" in stages:
-        export_judge(train_judge(studio, work, degrade=repaint(denoiser, vae, tokenizer)))
+        judge = train_judge(studio, work, degrade=repaint(denoiser, vae, tokenizer))
+        if process() == 0:
+            export_judge(judge)
 
 
 def scaled_latents(vae: AutoencoderKL, seen: Pictures, path: Path) -> Tensor:

@@ -164,7 +164,7 @@ def train_clipseg(
     weights = torch.tensor([0.1] + [1.0] * len(SUBJECTS))
 
     def loss(lesson: nn.Module, rng: torch.Generator) -> Tensor:
-        picks = torch.randint(len(pictures.images), (plan.batch,), generator=rng).tolist()
+        picks = torch.randint(len(pictures.images), (plan.share,), generator=rng).tolist()
         draw = random.Random(picks[0])
         asked = [questions(pictures.scenes[i], draw) for i in picks]
         texts = [prompt for row in asked for prompt, _ in row]
@@ -183,7 +183,7 @@ def train_clipseg(
         images[1::2] = preview(picks[1::2], rng)
         images = worn(images, rng)
         with bf16():
-            masks, subject, colour = lesson(images, ids.unflatten(0, (plan.batch, PROMPTS)))
+            masks, subject, colour = lesson(images, ids.unflatten(0, (plan.share, PROMPTS)))
         return (
             F.binary_cross_entropy_with_logits(masks.float().flatten(0, 1), targets)
             + 0.1 * F.cross_entropy(subject.float(), subjects, weights)

@@ -56,7 +56,7 @@ from recipe.data import (
     random_noun,
 )
 from recipe.packages import STYLES
-from recipe.training import Plan, bf16, fit
+from recipe.training import Plan, bf16, first_alone, fit
 
 PLAN = Plan(steps=16_000, batch=64, lr=2e-3, ema=0.995, seed=4)
 PICTURES = 40_000
@@ -544,12 +544,12 @@ def train_judge(
     studio: Studio, work: Path, plan: Plan = PLAN, degrade: Degrade | None = None
 ) -> JudgeNet:
     """Train from nothing on pictures rendered into `work`; a later call goes on where it ended."""
-    data = lessons(studio, work, "judge", PICTURES, degrade)
+    data = first_alone(lambda: lessons(studio, work, "judge", PICTURES, degrade))
     weights = torch.ones(SUBJECT_LABELS)
     weights[BACKGROUND] = BACKGROUND_WEIGHT
 
     def loss(net: nn.Module, rng: torch.Generator) -> Tensor:
-        picks = torch.randint(len(data.images), (plan.batch,), generator=rng).numpy()
+        picks = torch.randint(len(data.images), (plan.share,), generator=rng).numpy()
         x, subject, colour = augmented(
             as_tensor(data.images[picks]),
             torch.from_numpy(data.subject[picks]),

@@ -25,14 +25,17 @@ from loaders import load_clipseg, load_pipeline
 from pocket.images import Pixels
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
 from recipe.data import Pictures, Studio, pictures, training_scene
+from recipe.fidelity import features, precision_recall, single_renders
 from recipe.judge import measure_judge, round_trip
 from recipe.unet import Denoiser, repaint
 from segmentation import ClipSeg, classify, embed_prompts, segment
+from sheets import Panel, sheet
 
 FIGURES = Path(__file__).parent.parent / "pocket" / "figures.json"
 BATCH = 50
 HELD_OUT = 500
 FIRST_SEED = 10_000
+RENDERS, PICTURES_A_SUBJECT = 400, 40  # whose features are compared
 GUIDANCE_SCALES = (5.0, 7.5)
 SAMPLES = (
     "a black dog",
@@ -83,6 +86,10 @@ def measure(work: Path, count: int) -> dict[str, Any]:
             judge, studio, 3000, seed=1, degrade=repaint(denoiser(pipe), pipe.vae, pipe.tokenizer)
         ),
         "single": {str(g): single_figures(pipe, judge, count, g) for g in GUIDANCE_SCALES},
+        "fidelity": {
+            str(g): fidelity_figures(pipe, judge, studio, PICTURES_A_SUBJECT, g)
+            for g in GUIDANCE_SCALES
+        },
         "pairs": {
             name: pair_figures(pipe, judge, [list(prompt.nouns) for prompt in prompts], count)
             for name, prompts in benchmark().items()
@@ -103,8 +110,8 @@ def draw_samples(pipe: StableDiffusionPipeline) -> Image.Image:
     for seed, prompt in enumerate(SAMPLES):
         rng = torch.Generator().manual_seed(seed)
         image = pipe(prompt, num_inference_steps=20, guidance_scale=7.5, generator=rng).images[0]
-        panels.append(outputs.Panel(prompt, image))
-    return outputs.sheet(panels, "The pocket model: 20 steps, guidance 7.5, seeds 0 to 11")
+        panels.append(Panel(prompt, image))
+    return sheet(panels, "The pocket model: 20 steps, guidance 7.5, seeds 0 to 11")
 
 
 def seconds_a_picture(pipe: StableDiffusionPipeline, runs: int = 5) -> float:
@@ -190,14 +197,47 @@ def pair_figures(
     }
 
 
+def fidelity_figures(
+    pipe: StableDiffusionPipeline, judge: Judge, studio: Studio, each: int, guidance_scale: float
+) -> dict[str, Any]:
+    """Precision and recall of `each` pictures a subject, and of as many held-out renders."""
+    by_subject = {}
+    for subject in SUBJECTS:
+        draw = random.Random(f"fidelity/{subject}")
+        asked = [[Noun(subject, draw.choice(COLOUR_NAMES))] for _ in range(each)]
+        renders, held_out, pictures = (
+            features(judge, images)
+            for images in (
+                single_renders(studio, subject, RENDERS, "fidelity"),
+                single_renders(studio, subject, each, "fidelity-held-out"),
+                painted(pipe, asked, guidance_scale),
+            )
+        )
+        found = *precision_recall(renders, pictures), *precision_recall(renders, held_out)
+        names = ("precision", "recall", "renders_precision", "renders_recall")
+        by_subject[subject] = {k: round(v, 4) for k, v in zip(names, found, strict=True)}
+    mean = {
+        name: round(float(np.mean([row[name] for row in by_subject.values()])), 4)
+        for name in next(iter(by_subject.values()))
+    }
+    return {"pictures_a_subject": each, "mean": mean, "by_subject": by_subject}
+
+
 def judged(
     pipe: StableDiffusionPipeline, judge: Judge, asked: list[list[Noun]], guidance_scale: float
 ) -> list[Verdict]:
     """The judge's verdict of one 20-step picture for each entry of `asked`, seeds in order."""
-    verdicts = []
+    return judge.judge(painted(pipe, asked, guidance_scale), asked)
+
+
+def painted(
+    pipe: StableDiffusionPipeline, asked: list[list[Noun]], guidance_scale: float
+) -> Pixels:
+    """One 20-step picture for each entry of `asked`, seeds in order, (N, 64, 64, 3)."""
+    pictures: list[Image.Image] = []
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
-        images = pipe(
+        pictures += pipe(
             [" and ".join(noun.phrase("a") for noun in nouns) for nouns in batch],
             num_inference_steps=20,
             guidance_scale=guidance_scale,
@@ -205,8 +245,7 @@ def judged(
                 torch.Generator().manual_seed(FIRST_SEED + start + i) for i in range(len(batch))
             ],
         ).images
-        verdicts += judge.judge(np.stack([np.asarray(image) for image in images]), batch)
-    return verdicts
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def rates(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.architecture import FULL, Architecture, parameters, save, skeletons
 from benchmarks.speed import measure
-from loaders import check_clipseg, check_model, load_clipseg, load_pipeline
+from hub import MODEL, SEGMENTER, check
+from loaders import load_clipseg, load_pipeline
 from settings import Tempering
 
 # All of the original, in small.
@@ -60,8 +61,8 @@ def test_every_model_has_as_many_parameters_as_the_original() -> None:
 
 def test_what_is_saved_is_loaded_by_name_and_reads_text_as_the_original_does(folder: Path) -> None:
     painter, segmenter = str(folder / "stable-diffusion"), str(folder / "clipseg")
-    check_model(painter)
-    check_clipseg(segmenter)
+    check(painter, MODEL)
+    check(segmenter, SEGMENTER)
     pipe: Any = load_pipeline(painter, scheduler="pndm", device="cpu")
     assert dict(pipe.scheduler.config)["steps_offset"] == 1
     clipseg = load_clipseg(segmenter, device="cpu")

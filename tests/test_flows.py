@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub import Hub, closed_url, hub_environment, pocket_repositories
+from loopback import Hub, closed_url, hub_environment, pocket_repositories
 from PIL import Image
 
 import main
 import outputs
-from loaders import CLIPSEG, STABLE_DIFFUSION
+from hub import CLIPSEG, STABLE_DIFFUSION
 from metrics import Paired, PictureMetrics, picture_metrics, scatter, summarise, summary_table
 from segmentation import SMALLEST
 from settings import VERSION

@@ -90,12 +90,6 @@ def start(
     )
 
 
-def update_from_main(house: Path) -> subprocess.CompletedProcess[str]:
-    """What main.py does on --update, from inside the environment."""
-    call = [str(python_in(house)), "-c", "import init, sys; sys.exit(init.update())"]
-    return subprocess.run(call, cwd=house, env=settings(), capture_output=True, text=True)
-
-
 def python_in(house: Path) -> Path:
     """The Python of a house's .venv."""
     return house / ".venv" / BIN / ("python.exe" if os.name == "nt" else "python")
@@ -380,13 +374,13 @@ def test_update_reports_what_changed(ready: Path) -> None:
     done = start(ready, "--update")
     assert (done.returncode, done.stdout) == (0, "tinypkg 1.0 -> 2.0\n")
     assert start(ready).stderr == ""  # the stamp is valid
-    done = update_from_main(ready)
+    done = start(ready, "--update", python=python_in(ready))
     assert (done.returncode, done.stdout) == (0, "Everything is up to date.\n")
 
 
 def test_failed_update_is_a_failure(ready: Path) -> None:
     require(ready, "no-such-package")
-    for done in (start(ready, "--update"), update_from_main(ready)):
+    for done in (start(ready, "--update"), start(ready, "--update", python=python_in(ready))):
         assert (done.returncode, done.stdout) == (1, "")
         assert len(errors(done)) == 1
         assert not stamp_of(ready).exists()

@@ -1,7 +1,4 @@
-"""loaders.py: what is refused before anything loads, what the Hub is asked for, what gets ready.
-
-Whatever talks to a Hub runs in a process of its own, against the stand-in of tests/hub.py.
-"""
+"""loaders.py: what is refused before anything loads, what is fetched, what gets ready."""
 
 from __future__ import annotations
 
@@ -11,25 +8,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hub import Hub, closed_url, files_of, hub, hub_environment
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
 from safetensors.torch import load_file, save_file
 
 import loaders
 from errors import InputError, ModelError, ResourceError
+from hub import CLIPSEG, POCKET, STABLE_DIFFUSION, resolve
 from loaders import (
-    CLIPSEG,
-    POCKET,
     SAMPLER_NAMES,
     SCHEDULERS,
-    STABLE_DIFFUSION,
-    check_clipseg,
-    check_model,
-    check_vae,
     clipseg_for,
     load_clipseg,
     load_pipeline,
@@ -37,7 +29,6 @@ from loaders import (
     model_name,
     pick_device,
     pick_dtype,
-    resolve,
     scheduler_name,
 )
 
@@ -51,48 +42,6 @@ PAINTER = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 SEGMENTER = REPOSITORY / "pocket" / "weights" / "clipseg"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral"
-FORMS = "a folder, a .safetensors file, a Hub id or pocket"
-# What a child process does, then how it tells what came of it.
-CHILD = """
-import json, sys
-from pathlib import Path
-from errors import TemperingError
-from loaders import *
-notices = []
-try:
-    {code}
-except TemperingError as error:
-    answer = {{"error": error.exit_code, "text": str(error)}}
-print(json.dumps({{"answer": answer, "notices": notices}}))
-"""
-RESOLVE = (
-    "answer = str(resolve(sys.argv[1] or None, offline=bool(sys.argv[2]), notice=notices.append))"
-)
-
-
-def child(code: str, environment: dict[str, str], *arguments: object) -> Any:
-    """What a child process answers that runs `code` with the program's modules at hand."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD.format(code=code), *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
-
-
-def ask(environment: dict[str, str], model: str = "", *, offline: bool = False) -> Any:
-    """Resolve `model`, the default if empty, in a process of its own; no model is loaded."""
-    return child(RESOLVE, environment, model, "offline" if offline else "")
-
-
-@pytest.fixture
-def painter(tmp_path: Path) -> Path:
-    """A diffusers folder that a test may damage."""
-    return Path(shutil.copytree(PAINTER, tmp_path / "painter"))
 
 
 @pytest.fixture(scope="module")
@@ -133,79 +82,6 @@ def test_unknown_scheduler_is_named_with_the_known_ones() -> None:
     with pytest.raises(InputError) as raised:
         load_pipeline(POCKET, scheduler="ddpm")
     assert str(raised.value) == f"--scheduler must be one of {SCHEDULER_LIST}, got 'ddpm'"
-
-
-@pytest.mark.parametrize("text", [STABLE_DIFFUSION, "gpt2", "a/b-c_d.e", POCKET, str(PAINTER)])
-def test_usable_models_pass(text: str) -> None:
-    check_model(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("", "is none of them"),
-        ("a black dog", "is none of them"),
-        ("owner/na--me", "is none of them"),
-        ("./nowhere", "does not exist"),
-        ("/no/where", "does not exist"),
-        ("~/no-such-folder-here", "does not exist"),
-        ("some/folder/deep", "does not exist"),
-        ("models\\mine", "does not exist"),
-        ("mine.safetensors", "does not exist"),
-        ("old.ckpt", "is a .ckpt file, which can run code when it is loaded"),
-        ("x" * 5000, "can not be read ("),
-    ],
-)
-def test_what_can_not_name_a_model(text: str, fault: str) -> None:
-    with pytest.raises(InputError) as raised:
-        check_model(text)
-    assert str(raised.value).startswith(f"--model must be {FORMS}, but {text!r} {fault}")
-
-
-def test_folder_names_the_part_that_it_lacks(painter: Path) -> None:
-    shutil.rmtree(painter / "scheduler")
-    with pytest.raises(InputError) as raised:
-        load_pipeline(str(painter))
-    lacks = "lacks scheduler/scheduler_config.json"
-    assert str(raised.value) == f"--model must be {FORMS}, but {str(painter)!r} {lacks}"
-
-
-def test_folder_with_pickled_weights_alone_is_refused(painter: Path) -> None:
-    text_encoder = painter / "text_encoder"
-    (text_encoder / "model.safetensors").rename(text_encoder / "pytorch_model.bin")
-    reason = r"lacks text_encoder/model\.safetensors \(\.bin weights are not loaded"
-    with pytest.raises(InputError, match=reason):
-        check_model(str(painter))
-
-
-def test_folder_of_another_family_is_refused(painter: Path) -> None:
-    index = painter / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    named = "is a StableDiffusionXLPipeline, not a StableDiffusionPipeline"
-    with pytest.raises(InputError, match=named):
-        check_model(str(painter))
-
-
-def test_sharded_weights_pass(painter: Path) -> None:
-    (painter / UNET).rename(painter / UNET.replace(".saf", "-00001-of-00001.saf"))
-    (painter / f"{UNET}.index.json").write_text("{}")
-    check_model(str(painter))
-
-
-def test_single_files_are_known_by_their_header(tmp_path: Path) -> None:
-    lora = tmp_path / "lora.safetensors"
-    save_file({"lora_unet_mid.alpha": torch.ones(1)}, lora)
-    with pytest.raises(InputError, match="lacks the U-Net and the VAE and the CLIP text model"):
-        check_model(str(lora))
-    with pytest.raises(InputError, match=r"lacks the VAE$"):
-        check_vae(str(lora))
-    with pytest.raises(InputError, match=r"must be a folder, a Hub id or pocket, but .* is a file"):
-        check_clipseg(str(lora))
-    lora.write_bytes(b"<html>404</html>")
-    with pytest.raises(InputError, match="is not a safetensors file"):
-        check_model(str(lora))
-    check_vae(str(PAINTER / "vae" / "diffusion_pytorch_model.safetensors"))
-    check_clipseg(str(SEGMENTER))
 
 
 @pytest.mark.parametrize("text", ["tpu", "cuda:99", "cpu:1", "", "CPU", "cpu:-1"])
@@ -302,100 +178,6 @@ def test_first_run_fetches_what_is_needed_and_the_second_nothing(hub: Hub, tmp_p
         ask({**environment, "HF_HUB_OFFLINE": "1"}, STABLE_DIFFUSION)["answer"] == again["answer"]
     )
     assert len(hub.requests) == before
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["ends early", "reset"])
-def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -> None:
-    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", reset=reset)
-    said = ask(hub.environment(tmp_path))
-    assert (Path(said["answer"]) / UNET).read_bytes() == (PAINTER / UNET).read_bytes()
-    assert hub.downloads().count(f"{STABLE_DIFFUSION}/{UNET}") == 2
-
-
-def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(
-    hub: Hub, tmp_path: Path
-) -> None:
-    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=3, reset=True)
-    environment = hub.environment(tmp_path)
-    said = ask(environment)
-    assert said["answer"]["error"] == 1
-    assert re.fullmatch(
-        f"the download of {STABLE_DIFFUSION} broke off, the Hub can not be reached "
-        r"\(.*reset.*\); run again to go on",
-        said["answer"]["text"],
-    )
-    assert said["notices"] == []
-    offline = ask(environment, STABLE_DIFFUSION, offline=True)["answer"]["text"]
-    assert "it is not complete in the cache, and offline nothing is fetched" in offline
-    before = hub.downloads()
-    folder = Path(ask(environment)["answer"])
-    assert (folder / UNET).read_bytes() == (PAINTER / UNET).read_bytes()
-    assert len(hub.downloads()) == len(before) + 1  # the rest was not fetched again
-    assert not list(tmp_path.rglob("*.incomplete"))
-
-
-@pytest.mark.parametrize("offline", [False, True], ids=["closed port", "offline"])
-def test_without_a_hub_the_pocket_runs_unless_a_model_is_named(
-    tmp_path: Path, offline: bool
-) -> None:
-    environment = hub_environment(closed_url(), tmp_path)
-    said = ask(environment, offline=offline)
-    assert said["answer"] == str(PAINTER)
-    (notice,) = said["notices"]
-    assert "NOT STABLE DIFFUSION: the small bundled pocket model runs instead." in notice
-    reason = "it is not complete in the cache" if offline else "the Hub can not be reached ("
-    assert f"Stable Diffusion v1-4 can not be downloaded: {reason}" in notice
-    named = ask(environment, STABLE_DIFFUSION, offline=offline)
-    assert named["notices"] == []
-    assert named["answer"]["error"] == 1
-    assert named["answer"]["text"].startswith(f"can not download {STABLE_DIFFUSION}: {reason}")
-    works = "what works without it: --model pocket, a diffusers folder, a .safetensors file"
-    assert named["answer"]["text"].endswith(f"; {works}")
-    assert "\n" not in named["answer"]["text"]
-
-
-@pytest.mark.parametrize(
-    ("refusal", "reason"),
-    [
-        ((401, "RepoNotFound"), "the Hub has no such public model"),
-        ((403, "GatedRepo"), "accept its terms on the Hub and log in with `hf auth login`"),
-        ((451, ""), "the Hub answers 451"),
-    ],
-)
-def test_refusal_is_an_error_for_the_default_too(
-    hub: Hub, tmp_path: Path, refusal: tuple[int, str], reason: str
-) -> None:
-    hub.refusals[STABLE_DIFFUSION] = refusal
-    said = ask(hub.environment(tmp_path))
-    assert said["notices"] == []
-    assert said["answer"]["error"] == 1
-    assert said["answer"]["text"].startswith(f"can not download {STABLE_DIFFUSION}: {reason}; what")
-
-
-def test_hub_that_is_down_counts_as_out_of_reach(hub: Hub, tmp_path: Path) -> None:
-    hub.refusals[STABLE_DIFFUSION] = (503, "")
-    said = ask(hub.environment(tmp_path))
-    assert said["answer"] == str(PAINTER)
-    assert "the Hub can not be reached (it answers 503)" in said["notices"][0]
-
-
-def test_unfit_repositories_are_refused_before_their_weights_come(hub: Hub, tmp_path: Path) -> None:
-    files = hub.repositories[STABLE_DIFFUSION]
-    index = b'{"_class_name": "StableDiffusionXLPipeline"}'
-    hub.repositories["big/xl"] = {**files, "model_index.json": index}
-    hub.repositories["old/pickles"] = {name: files[name] for name in files if name != UNET}
-    environment = hub.environment(tmp_path)
-    assert ask(environment, "big/xl")["answer"] == {
-        "error": 1,
-        "text": "big/xl can not be used: it is a StableDiffusionXLPipeline, "
-        "not a StableDiffusionPipeline",
-    }
-    assert ask(environment, "old/pickles")["answer"] == {
-        "error": 1,
-        "text": f"old/pickles can not be used: it lacks {UNET} "
-        "(.bin weights are not loaded: they can run code)",
-    }
-    assert hub.downloads() == []
 
 
 def test_single_file_needs_the_configuration_once(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import hub
 import inference
 import loaders
 import main
-import tempering
+import sampling
 from settings import VERSION
 
 REPOSITORY = Path(main.__file__).parent
@@ -401,9 +402,9 @@ def test_the_defaults_of_readme_are_the_parsers(name: str) -> None:
         flag, default = action.option_strings[0], action.default
         flag = "--help" if flag == "-h" else flag
         if flag == "--model":
-            assert table[flag] == loaders.STABLE_DIFFUSION
+            assert table[flag] == hub.STABLE_DIFFUSION
         elif flag == "--clipseg":
-            assert table[flag] == loaders.CLIPSEG
+            assert table[flag] == hub.CLIPSEG
         elif default is False or default == "":
             assert table[flag] == "", flag
         elif action.dest not in ("help", "version") and default is not None:
@@ -529,12 +530,12 @@ def test_more_pixels_than_memory_are_one_line(
 def test_a_gpu_out_of_memory_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def predict(*_: object) -> None:
+    def step(*_: object) -> None:
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ..."
         )
 
-    monkeypatch.setattr(tempering.Painter, "predict", predict)
+    monkeypatch.setattr(sampling.Sampler, "step", step)
     words = [PAINT, *FEW, "--output", str(tmp_path)]
     assert refusal(words, capsys, code=1) == OUT_OF_MEMORY
     assert list(tmp_path.iterdir()) == []
@@ -543,10 +544,19 @@ def test_a_gpu_out_of_memory_is_one_line(
 def test_ctrl_c_is_one_line_and_code_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def predict(*_: object) -> None:
+    def step(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tempering.Painter, "predict", predict)
+    monkeypatch.setattr(sampling.Sampler, "step", step)
     assert main.main([PAINT, *FEW, "--output", str(tmp_path)]) == 130
     assert tuple(capsys.readouterr()) == ("", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_update_is_handed_to_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = tmp_path / "init.py"
+    called.write_text("import sys; sys.exit(3 if sys.argv[1:] == ['--update'] else 4)")
+    monkeypatch.setattr(main, "INIT", called)
+    with pytest.raises(SystemExit) as raised:
+        main.main(["--update"])
+    assert raised.value.code == 3

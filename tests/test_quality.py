@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from pictures import diffusers_picture, farthest
 from PIL import Image
 
 from benchmarks import methods, quality
@@ -22,9 +22,9 @@ from benchmarks.prompts import Prompt, development, laboratory
 from benchmarks.roster import NEVER, PLAIN, ROSTER
 from benchmarks.search import TOPICS
 from pocket.world import Noun
+from sampling import Sampler
 from segmentation import ClipSeg
 from settings import Tempering
-from tempering import Painter
 
 FEW = Tempering(steps=6, stoptime=4, backsteps=2, rounds=1)
 PAIR = Prompt((Noun("cat"), Noun("clock", "red")), " and ")
@@ -34,10 +34,6 @@ CASES = [Case(PAIR, 3), Case(Prompt((Noun("dog"), Noun("car", "blue")), " and ")
 @pytest.fixture
 def models(pipe: StableDiffusionPipeline, clipseg: ClipSeg) -> Models:
     return Models(pipe, clipseg)
-
-
-def farthest(a: Image.Image, b: Image.Image) -> int:
-    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
 
 
 # --- Prompts.
@@ -70,12 +66,7 @@ def test_no_prompt_that_settings_are_chosen_on_is_reported() -> None:
 def test_plain_is_diffusers_picture(models: Models) -> None:
     painted = methods.plain(models, CASES, FEW)
     for case, found in zip(CASES, painted, strict=True):
-        expected = models.pipe(
-            case.prompt.text,
-            num_inference_steps=6,
-            guidance_scale=7.5,
-            generator=torch.Generator().manual_seed(case.seed),
-        ).images[0]
+        expected = diffusers_picture(models.pipe, case.prompt.text, FEW, case.seed)
         assert farthest(found.image, expected) <= 1
         assert found.unet_calls == 6
 
@@ -126,10 +117,10 @@ def test_composing_the_whole_prompt_with_parts_of_no_weight_is_plain_guidance(
 
 
 def test_restarting_adds_the_noise_between_two_steps(models: Models) -> None:
-    painter = models.painter(CASES[:1], FEW)
-    branch = painter.start([3])[0]
+    sampler = models.sampler(CASES[:1], FEW)
+    branch = sampler.start([3])[0]
     branch.latents = torch.zeros(1, 4, 256, 256)
-    again = methods.noisier(painter, branch, at=4, to=2)
+    again = methods.noisier(sampler, branch, at=4, to=2)
     sigmas = branch.scheduler.sigmas
     expected = float(sigmas[2] ** 2 - sigmas[4] ** 2)
     assert again.latents.var().item() == pytest.approx(expected, rel=0.02)
@@ -163,14 +154,14 @@ def test_every_method_of_the_roster_starts_from_the_same_latents(
 ) -> None:
     """Attend-and-Excite's loop is not ours: that it is plain DDIM without excitement shows it."""
     given: list[Any] = []
-    start = Painter.start
+    start = Sampler.start
 
-    def recorded(painter: Painter, seeds: Sequence[int]) -> Any:
-        branches = start(painter, seeds)
+    def recorded(sampler: Sampler, seeds: Sequence[int]) -> Any:
+        branches = start(sampler, seeds)
         given.append(branches[0].latents / branches[0].scheduler.init_noise_sigma)
         return branches
 
-    monkeypatch.setattr(Painter, "start", recorded)
+    monkeypatch.setattr(Sampler, "start", recorded)
     for name, method in ROSTER.items():
         if name.startswith("attend_and_excite"):
             continue

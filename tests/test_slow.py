@@ -22,9 +22,10 @@ from PIL import Image
 
 import loaders
 from benchmarks.architecture import save
+from families import family_of
 from loaders import load_pipeline
-from segmentation import ClipSeg
-from tempering import Painter, Tempering, descend
+from sampling import Sampler
+from settings import Tempering
 
 pytestmark = pytest.mark.slow
 
@@ -74,23 +75,22 @@ def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: P
 
 
 @torch.no_grad()
-def test_the_plain_branch_is_diffusers_picture_to_the_bit(models: Path, clipseg: ClipSeg) -> None:
+def test_the_plain_branch_is_diffusers_picture_to_the_bit(models: Path) -> None:
     settings = Tempering(steps=3, stoptime=3, backsteps=0, rounds=1, height=128, width=128)
-    ours = plain_picture(models, clipseg, settings)
+    ours = plain_picture(models, settings)
     theirs = diffusers_picture(models, settings)
     assert ours.std() > 1
     np.testing.assert_array_equal(ours, theirs)
 
 
-def plain_picture(models: Path, clipseg: ClipSeg, settings: Tempering) -> Pixels:
+def plain_picture(models: Path, settings: Tempering) -> Pixels:
     folder = str(models / "stable-diffusion")
     # The scheduler that the model comes with.
     pipe: Any = load_pipeline(folder, scheduler="pndm", device="cpu", dtype="fp32")
-    painter = Painter(pipe, clipseg, [PROMPTS], settings)
-    trunks = painter.start([7])
-    for _ in descend(painter, trunks, settings.steps):
-        pass
-    return np.asarray(painter.decode(trunks[0].latents)[0])
+    sampler = Sampler(family_of(pipe), [settings.joiner.join(PROMPTS)], settings)
+    branches = sampler.start([7])
+    sampler.denoise(branches, settings.steps)
+    return np.asarray(sampler.decode(branches)[0])
 
 
 def diffusers_picture(models: Path, settings: Tempering) -> Pixels:

@@ -15,21 +15,40 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-import loaders
+from hub import CLIPSEG, MODEL, STABLE_DIFFUSION
 
-WEIGHTS = Path(loaders.__file__).parent / "pocket" / "weights"
+WEIGHTS = MODEL.pocket.parent
 Files = dict[str, bytes]
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+# What a child process does, then how it tells what came of it.
+CHILD = """
+import json, sys
+from pathlib import Path
+from errors import TemperingError
+from hub import CLIPSEG, STABLE_DIFFUSION, resolve
+from loaders import *
+notices = []
+try:
+    {code}
+except TemperingError as error:
+    answer = {{"error": error.exit_code, "text": str(error)}}
+print(json.dumps({{"answer": answer, "notices": notices}}))
+"""
+RESOLVE = (
+    "answer = str(resolve(sys.argv[1] or None, offline=bool(sys.argv[2]), notice=notices.append))"
+)
 
 
 def files_of(folder: Path) -> Files:
@@ -65,8 +84,8 @@ def pocket_repositories() -> dict[str, Files]:
     )
     clipseg = {**files_of(WEIGHTS / "clipseg"), "pytorch_model.bin": b"not needed"}
     return {
-        loaders.STABLE_DIFFUSION: {**unneeded, **painter, "model_index.json": _json(index)},
-        loaders.CLIPSEG: clipseg,
+        STABLE_DIFFUSION: {**unneeded, **painter, "model_index.json": _json(index)},
+        CLIPSEG: clipseg,
     }
 
 
@@ -147,6 +166,25 @@ def closed_url() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def child(code: str, environment: dict[str, str], *arguments: object) -> Any:
+    """What a child process answers that runs `code` with the program's modules at hand."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD.format(code=code), *map(str, arguments)],
+        cwd=WEIGHTS.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "stderr": done.stderr}
+
+
+def ask(environment: dict[str, str], model: str = "", *, offline: bool = False) -> Any:
+    """Resolve `model`, the default if empty, in a process of its own; no model is loaded."""
+    return child(RESOLVE, environment, model, "offline" if offline else "")
 
 
 @pytest.fixture

@@ -1,0 +1,228 @@
+"""All that differs between the families of Stable Diffusion, on top of diffusers' pipelines.
+
+| symbol | name here      | meaning                                                           |
+|--------|----------------|-------------------------------------------------------------------|
+| x      | x, latents     | (B, channels, h, w), as the denoiser takes them                   |
+| x0     | x0             | clean latents that the denoiser predicts from x                   |
+| eps    | eps            | noise that the denoiser predicts: x = alpha x0 + sigma eps        |
+| alpha  | alpha          | signal scale at a timestep, sqrt(alphas_cumprod)                  |
+| sigma  | sigma          | noise scale, sqrt(1 - alphas_cumprod)                             |
+| g      | guidance_scale | weight of classifier-free guidance (sampling.py)                  |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from errors import InputError, ModelError
+
+# The text of a batch: what the denoiser is told beside latents and timestep, by the names of its
+# own arguments, a row for each picture. All families have "encoder_hidden_states" (B, L, D).
+Conditioning = dict[str, Tensor]
+
+# Latents to RGB in -1..1 without a VAE, by the VAE's scaling factor, which tells the families
+# apart: a row for each latent channel, then the bias.
+LINEAR_MAPS = {
+    # Stable Diffusion 1.x, factors in public use.
+    0.18215: (
+        (0.3512, 0.2297, 0.3227),
+        (0.3250, 0.4974, 0.2350),
+        (-0.2829, 0.1762, 0.2721),
+        (-0.2120, -0.2616, -0.7177),
+        (0.0, 0.0, 0.0),
+    ),
+    # Stable Diffusion XL: Vass 2024, here brought from 0..255 to -1..1.
+    0.13025: tuple(
+        tuple((value - offset) / 127.5 for value in row)
+        for row, offset in (
+            ((60, 60, 60), 0),
+            ((-60, -5, 10), 0),
+            ((25, 15, -5), 0),
+            ((-70, -50, -35), 0),
+            ((150, 140, 130), 127.5),
+        )
+    ),
+}
+
+
+class Family(ABC):
+    """One of diffusers' pipelines, asked in the same words whatever its family.
+
+    A family says how it encodes prompts, predicts, and decodes; it knows no schedule.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        self.pipe = pipe
+        self.device: torch.device = pipe._execution_device  # the only one right under offload
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The network that predicts, with its configuration."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], negative_prompt: str | None) -> list[Conditioning]:
+        """What guidance mixes, a row for each prompt: of the negative prompt, then of the prompts.
+
+        Of the prompts alone where `negative_prompt` is None, which is to say without guidance.
+        """
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output for `latents` (B, channels, h, w), of their shape."""
+
+    def latents_shape(self, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """The latents' shape (1, channels, h, w) of one picture; None is the model's own size.
+
+        Raises InputError for a size that is no multiple of the VAE's factor.
+        """
+        config, factor = self.denoiser.config, self.pipe.vae_scale_factor
+        height = height or config.sample_size * factor
+        width = width or config.sample_size * factor
+        if height % factor or width % factor:
+            raise InputError(f"sizes must be multiples of {factor} pixels, got {width}x{height}")
+        return 1, config.in_channels, height // factor, width // factor
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of clean latents (B, channels, h, w), as diffusers' pipeline makes them.
+
+        Raises ModelError for pixels that are not finite, as fp16 overflows give them.
+        """
+        vae = self.pipe.vae
+        pixels = decoded(vae, latents.to(vae.dtype), self.device)
+        if not pixels.isfinite().all():
+            dtype = str(vae.dtype).removeprefix("torch.")
+            raise ModelError(f"the picture is not finite in {dtype}; --dtype fp32 or bf16 may help")
+        return self._pictures(pixels)
+
+    def decode_linearly(self, latents: Tensor) -> list[Image.Image]:
+        """The same by a linear map instead of the VAE: blurred, at hardly any cost."""
+        rgb = latents_to_rgb(latents, self._linear_map)
+        factor = self.pipe.vae_scale_factor
+        return self._pictures(F.interpolate(rgb, scale_factor=factor, mode="bilinear"))
+
+    @cached_property
+    def _linear_map(self) -> Tensor:
+        return linear_map(self.pipe.vae, self.device)
+
+    def _pictures(self, pixels: Tensor) -> list[Image.Image]:
+        normal = [True] * len(pixels)
+        processor = self.pipe.image_processor
+        return list(processor.postprocess(pixels, output_type="pil", do_denormalize=normal))
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1 and 2 (Rombach et al. 2022): a U-Net and one CLIP text encoder."""
+
+    @property
+    def denoiser(self) -> Any:
+        return self.pipe.unet
+
+    def encode(self, prompts: Sequence[str], negative_prompt: str | None) -> list[Conditioning]:
+        guided = negative_prompt is not None
+        positive, negative = self.pipe.encode_prompt(
+            list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
+        )
+        embeddings = [negative, positive] if guided else [positive]
+        return [{"encoder_hidden_states": each} for each in embeddings]
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.denoiser(latents, timestep, **conditioning, return_dict=False)[0]
+
+
+# By the pipeline's class in diffusers, or one that it is derived from.
+FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
+
+
+def family_of(pipe: DiffusionPipeline) -> Family:
+    """The family of a pipeline. Raises InputError for one of no family that is known."""
+    for ancestor in type(pipe).__mro__:
+        if ancestor.__name__ in FAMILIES:
+            return FAMILIES[ancestor.__name__](pipe)
+    raise InputError(f"the pipeline must be a {' or '.join(FAMILIES)}, got {type(pipe).__name__}")
+
+
+def clean_and_noise(
+    kind: str, x: Tensor, output: Tensor, alpha: float, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """x0 and eps, float32, from the denoiser's `output` for `x` by its prediction type `kind`.
+
+    epsilon: x0 = (x - sigma eps) / alpha. v_prediction (Salimans & Ho 2022, arXiv:2202.00512):
+    x0 = alpha x - sigma v, eps = sigma x + alpha v. sample: x0 itself.
+    """
+    x, output = x.float(), output.float()
+    if kind == "v_prediction":
+        return alpha * x - sigma * output, sigma * x + alpha * output
+    if kind == "sample":
+        return output, (x - alpha * output) / sigma
+    return (x - sigma * output) / alpha, output
+
+
+def decoded(vae: Any, latents: Tensor, device: torch.device | str) -> Tensor:
+    """Pixels (B, 3, height, width) of clean `latents`, in -1..1 but for what the VAE overshoots.
+
+    `device` is where the VAE computes, which under offload is not where it is kept.
+    """
+    scaled = (latents / vae.config.scaling_factor).to(device, vae.dtype)
+    return vae.decode(scaled, return_dict=False)[0]
+
+
+def linear_map(vae: Any, device: torch.device | str) -> Tensor:
+    """The linear map (channels + 1, 3) from a VAE's scaled latents and 1 to RGB in -1..1.
+
+    Taken from `LINEAR_MAPS` where the VAE's family is known, else fitted on `device`.
+    """
+    config = vae.config
+    # Every VAE of these families has 4 channels and 4 levels; the factor then tells which it is.
+    family = config.scaling_factor, config.latent_channels, len(config.block_out_channels)
+    known = LINEAR_MAPS.get(family[0]) if family[1:] == (4, 4) else None
+    return fit_linear_map(vae, device) if known is None else torch.tensor(known)
+
+
+@torch.no_grad()
+def fit_linear_map(
+    vae: Any, device: torch.device | str, pictures: int = 32, size: int = 16, seed: int = 0
+) -> Tensor:
+    """Least-squares map (channels + 1, 3) from scaled latents and 1 to RGB in -1..1, float32.
+
+    The data are smooth random latents of unit variance, as a VAE's scaled latents are, and what
+    `vae` decodes them to on `device`; so it needs no pictures.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    rough = torch.randn(pictures, vae.config.latent_channels, size // 2, size // 2, generator=rng)
+    smooth = F.interpolate(rough, size=(size, size), mode="bilinear")
+    latents = smooth / smooth.std()  # (B, channels, size, size)
+    pixels = decoded(vae, latents, device).clamp(-1, 1)
+    rgb = F.interpolate(pixels.float().cpu(), size=(size, size), mode="area")
+    # In float64: a VAE whose channels repeat each other leaves float32 without a stable solution.
+    known, wanted = _with_one(latents).double(), _rows(rgb).double()
+    return torch.linalg.lstsq(known.flatten(0, 2), wanted.flatten(0, 2)).solution.float()
+
+
+def latents_to_rgb(latents: Tensor, weights: Tensor) -> Tensor:
+    """RGB (B, 3, h, w), float32 in -1..1, of scaled `latents` (B, channels, h, w), without a VAE.
+
+    `weights` is (channels + 1, 3), as `linear_map` gives it.
+    """
+    rgb = _with_one(latents.float()) @ weights.to(latents.device)  # (B, h, w, 3)
+    return rgb.permute(0, 3, 1, 2).clamp(-1, 1)
+
+
+def _rows(images: Tensor) -> Tensor:
+    """(B, channels, h, w) -> (B, h, w, channels)."""
+    return images.permute(0, 2, 3, 1)
+
+
+def _with_one(latents: Tensor) -> Tensor:
+    """Latents as rows with a constant 1 behind them, which carries the bias."""
+    rows = _rows(latents)
+    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)

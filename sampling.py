@@ -1,0 +1,234 @@
+"""Branches of a picture on the scheduler's schedule: start, denoise, pause, go back to more noise.
+
+A branch is one picture on its way down; several may begin from one of them, each at a noise level
+of its own. Branches at the same timestep share a call of the denoiser. x, x0, eps, alpha and sigma
+are those of families.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import PNDMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Generator, Tensor
+
+from errors import InputError
+from families import Family, clean_and_noise
+from settings import Tempering
+
+Progress = Callable[[int], object]  # is called with the number of denoiser calls just made
+
+
+def unheard(calls: int) -> None:
+    """Where progress goes when nobody asks."""
+
+
+class Sampler:
+    """A family on the schedule of `settings`, with the text of a batch encoded.
+
+    `prompts` holds one text for each of the B pictures of the batch; what is drawn at random is the
+    same on every device. The settings tell steps, size, guidance, negative prompt and preview.
+    """
+
+    def __init__(self, family: Family, prompts: Sequence[str], settings: Tempering) -> None:
+        self.family = family
+        self.settings = settings
+        guided = settings.guidance_scale > 1  # as in diffusers' pipelines
+        with torch.no_grad():
+            self.conditionings = family.encode(
+                prompts, settings.negative_prompt if guided else None
+            )
+
+    def start(self, seeds: Sequence[int]) -> list[Branch]:
+        """A branch a seed, of pure noise as diffusers' pipeline draws it from a CPU generator.
+
+        Raises InputError for seeds that are not as many as the batch's pictures, and for a size
+        that the family does not paint.
+        """
+        embeddings = self.conditionings[0]["encoder_hidden_states"]
+        batch = len(embeddings)
+        if len(seeds) != batch:
+            raise InputError(
+                f"a batch must have {batch} seed{'s' * (batch > 1)}, one a list of prompts, got "
+                f"{len(seeds)}"
+            )
+        shape = self.family.latents_shape(self.settings.height, self.settings.width)
+        branches = []
+        for row, seed in enumerate(seeds):
+            branch = self.branch(row, 0, Generator().manual_seed(seed))
+            noise = self.noise(shape, branch.generator, embeddings.dtype)
+            branch.latents = noise * branch.scheduler.init_noise_sigma
+            branches.append(branch)
+        return branches
+
+    def denoise(self, branches: Sequence[Branch], until: int, report: Progress = unheard) -> None:
+        """Denoise `branches` until step `until`; those that are there already stay as they are.
+
+        The noisiest go first, so that branches catch up with each other and share batches from
+        there.
+        """
+        while waiting := [branch for branch in branches if not branch.reached(until)]:
+            level = max(branch.level for branch in waiting)
+            meeting = [branch for branch in waiting if branch.level == level]
+            self.step(meeting)
+            report(len(meeting))
+
+    def step(self, branches: Sequence[Branch]) -> None:
+        """One evaluation of branches at one timestep, in one batch."""
+        inputs = [branch.x() for branch in branches]
+        rows = [branch.row for branch in branches]
+        given = self.conditionings
+        conditioning = {name: torch.cat([each[name][rows] for each in given]) for name in given[0]}
+        latents = torch.cat(inputs * len(given))
+        output = self.family.predict(latents, branches[0].timestep, conditioning)
+        outputs = output.chunk(len(given))
+        guided = self.guide(outputs, self.settings.guidance_scale)
+        for i, (branch, x) in enumerate(zip(branches, inputs, strict=True)):
+            branch.step(x, [each[i : i + 1] for each in outputs], guided[i : i + 1])
+
+    def guide(self, outputs: Sequence[Tensor], scale: float) -> Tensor:
+        """One output of the denoiser's for each conditioning: classifier-free guidance."""
+        if len(outputs) == 1:
+            return outputs[0]
+        negative, positive = outputs
+        return negative + scale * (positive - negative)
+
+    def prediction(self, branch: Branch, guidance_scale: float) -> tuple[Tensor, Tensor]:
+        """x0 and eps, float32, of the last evaluation, had it been at this guidance."""
+        return branch.clean_and_noise(self.guide(branch.last[1], guidance_scale))
+
+    def go_back(
+        self, branch: Branch, x0: Tensor, noise: Tensor, step: int, generator: Generator
+    ) -> Branch:
+        """A new branch of the same picture from the noise level of `step`: alpha x0 + sigma noise.
+
+        `branch` stays as it is, and a multistep scheduler's history is left behind. `noise` must
+        have unit variance to be on the schedule.
+        """
+        back = self.branch(branch.row, step, generator)
+        if not len(back.timesteps):  # no step is undone: there is no noise left
+            back.latents = branch.latents
+            return back
+        latents = back.scheduler.add_noise(x0, noise, back.timesteps[:1])
+        back.latents = latents.to(branch.latents.dtype)
+        return back
+
+    def preview(self, branches: Sequence[Branch], guidance_scale: float) -> list[Image.Image]:
+        """Pictures of the last evaluations' x0, by the VAE or by the linear map."""
+        x0 = torch.cat([self.prediction(branch, guidance_scale)[0] for branch in branches])
+        by_vae = self.settings.preview == "vae"
+        return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
+
+    def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
+        """The pictures of branches that are denoised to the end."""
+        return self.family.decode(torch.cat([branch.latents for branch in branches]))
+
+    def noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype) -> Tensor:
+        """Noise of unit variance."""
+        device = self.family.device
+        return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+
+    def evaluations(self, first: int, until: int) -> int:
+        """How many evaluations take a branch from step `first` to step `until`."""
+        return self.branch(0, first, Generator()).evaluations_until(until)
+
+    def branch(self, row: int, step: int, generator: Generator) -> Branch:
+        """A branch of picture `row` of the batch from `step` on; its latents are to be set."""
+        own = self.family.pipe.scheduler
+        scheduler = type(own).from_config(own.config)
+        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
+            raise InputError("PNDM must be used with skip_prk_steps=True, got False")
+        scheduler.set_timesteps(self.settings.steps, device=self.family.device)
+        return Branch(scheduler, row, step, generator)
+
+
+class Branch:
+    """One picture on its way down a schedule of its own, from a given step."""
+
+    latents: Tensor  # (1, channels, h, w), in the scheduler's own scaling
+
+    def __init__(self, scheduler: Any, row: int, step: int, generator: Generator) -> None:
+        self.scheduler = scheduler
+        self.row = row  # of the batch's text
+        self.generator = generator
+        self.evaluations = 0
+        self.first = step  # of the schedule
+        self._first = step * scheduler.order  # Heun's has two entries a step
+        self.timesteps = timesteps_from(scheduler, self._first)
+        # On the host, so that comparing timesteps does not wait for the device.
+        self._host_timesteps = self.timesteps.tolist()
+        self._last: tuple[Tensor, Sequence[Tensor]] | None = None
+        draws = "generator" in inspect.signature(scheduler.step).parameters
+        self._options = {"generator": generator} if draws else {}
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(self._first)
+
+    @property
+    def timestep(self) -> Tensor:
+        return self.timesteps[self.evaluations]
+
+    @property
+    def level(self) -> float:
+        """The timestep to come, on the host."""
+        return float(self._host_timesteps[self.evaluations])
+
+    @property
+    def last(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """x of the last evaluation, and the denoiser's outputs for it: one a conditioning."""
+        assert self._last is not None, "no step was taken"
+        return self._last
+
+    def reached(self, step: int) -> bool:
+        """Whether `step` steps of the schedule are done."""
+        return self.evaluations >= self.evaluations_until(step)
+
+    def x(self) -> Tensor:
+        """The latents as the denoiser takes them at the timestep to come."""
+        return self.scheduler.scale_model_input(self.latents, self.timestep)
+
+    def step(self, x: Tensor, outputs: Sequence[Tensor], guided: Tensor) -> None:
+        """One scheduler step by `guided`, which guidance has made of the `outputs` for `x`."""
+        self._last = x, outputs
+        self.latents = self.scheduler.step(
+            guided, self.timestep, self.latents, **self._options, return_dict=False
+        )[0]
+        self.evaluations += 1
+
+    def clean_and_noise(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and eps, float32, if `output` is the denoiser's at the last evaluation."""
+        kind = self.scheduler.config.prediction_type
+        return clean_and_noise(kind, self.last[0], output, *self._signal_and_noise())
+
+    def _signal_and_noise(self) -> tuple[float, float]:
+        """alpha and sigma at the last evaluation."""
+        done = self.evaluations - 1
+        if hasattr(self.scheduler, "sigmas"):
+            ratio = float(self.scheduler.sigmas[self._first + done])  # sigma / alpha
+            alpha = (1 + ratio**2) ** -0.5
+            return alpha, ratio * alpha
+        alpha_squared = float(self.scheduler.alphas_cumprod[int(self._host_timesteps[done])])
+        return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
+
+    def evaluations_until(self, step: int) -> int:
+        """Evaluations from this branch's start until `step` steps of the schedule are done."""
+        steps = step - self.first
+        if isinstance(self.scheduler, PNDMScheduler):
+            steps += steps > 0  # its first step takes two evaluations
+        return min(steps * self.scheduler.order, len(self.timesteps))
+
+
+def timesteps_from(scheduler: Any, first: int) -> Tensor:
+    """The timesteps of the evaluations from entry `first` of the schedule to its end.
+
+    PNDM without Runge-Kutta steps warms up by evaluating its second timestep twice, wherever it
+    starts (Liu et al. 2022, arXiv:2202.09778; diffusers' `skip_prk_steps`).
+    """
+    if not isinstance(scheduler, PNDMScheduler):
+        return scheduler.timesteps[first:]
+    rest = scheduler.timesteps.unique().flip(0)[first:]  # descending
+    return torch.cat([rest[:2], rest[1:]])
