@@ -37,6 +37,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 _A1111 = ("Euler", "DDIM", "PLMS", "DPM++ 2M", "Heun", "UniPC", "Euler a")
 SAMPLER_NAMES = dict(zip(SCHEDULERS, _A1111, strict=True))
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DTYPE_NAMES = {long: short for short, long in DTYPES.items()}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
 
@@ -193,9 +194,8 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     """
     import torch
 
-    shorter = {long: short for short, long in DTYPES.items()}
     text = str(name).removeprefix("torch.")
-    text = shorter.get(text, text)
+    text = DTYPE_NAMES.get(text, text)
     if name is None:
         # Older torch has no get_capabilities, and knows of x86 alone whether it has bf16.
         found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
