@@ -31,12 +31,12 @@ import torch
 from tqdm import tqdm
 
 import outputs
-from benchmarks.judge import WEIGHTS, Judge, load_judge
 from benchmarks.methods import Case, Method, Models
 from benchmarks.prompts import Prompt, laboratory
 from benchmarks.roster import BARE, PLAIN, ROSTER
 from loaders import load_clipseg, load_pipeline
 from metrics import Paired, bootstrap_interval, paired, picture_metrics
+from pocket.judge import WEIGHTS, Judge, load_judge
 from sheets import class_colours
 
 if TYPE_CHECKING:
@@ -49,10 +49,11 @@ POCKET = HERE.parent / "pocket" / "weights"
 # What decides what a picture is and how it is judged.
 SOURCES = (
     "annealing.py",
-    "benchmarks/judge.py",
     "benchmarks/methods.py",
     "families.py",
     "metrics.py",
+    "pocket/judge.py",
+    "pocket/judgenet.py",
     "sampling.py",
     "segmentation.py",
     "settings.py",

@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from benchmarks.judge import load_judge
 from pocket.images import as_tensor
+from pocket.judge import load_judge
 from pocket.world import Noun
 from recipe.clipseg import PROMPTS, questions
 from recipe.data import Placed, Scene
