@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from errors import InputError
 
@@ -18,20 +19,27 @@ PREVIEWS = ("vae", "linear")
 UNCERTAINTIES = ("class", "pixel")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
+# What may differ when an evaluation is resumed; anything else would mix two experiments.
+FREE_ON_RESUME = ("cycles", "device", "offload", "offline")
+DEFAULT_STEPS = 20
+# Where a picture of so many steps is tempered; of other numbers these are the same shares.
+DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
+# The default of these: it follows from the steps. Typed as the number that it becomes.
+IN_PROPORTION: Any = None
 
 
 @dataclass(frozen=True)
 class Tempering:
     """How a picture is denoised and tempered. Raises InputError for a value out of its range."""
 
-    steps: int = 20  # denoising steps of a plain picture, 1..1000
-    stoptime: int = 15  # interrupt after this many steps, 1..steps
-    backsteps: int = 12  # go back by this many steps, 0..stoptime
+    steps: int = DEFAULT_STEPS  # denoising steps of a plain picture, 1..1000
+    stoptime: int = IN_PROPORTION  # interrupt after this many steps, 1..steps
+    backsteps: int = IN_PROPORTION  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
     rounds: int = 12  # of going back, looking and deciding; 1 goes back once, and takes what comes
     accept: float = 0.25  # with rounds: a picture of this energy or less is good enough
-    early_look: int = 6  # with rounds: a look after this many steps, too; from stoptime on: none
+    early_look: int = IN_PROPORTION  # with rounds: a look after so many, too; >= stoptime is none
     early_accept: float = 1.4  # with rounds: above this energy a picture goes no further than that
     temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
     cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
@@ -49,12 +57,15 @@ class Tempering:
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, MAX_STEPS, " (the steps of the model's own schedule)")
+        self._follow_steps("stoptime", self.steps)
         _whole("stoptime", self.stoptime, 1, self.steps, " (the number of steps)")
+        self._follow_steps("backsteps", self.stoptime)
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
         _whole("rounds", self.rounds, 1, None)
         _real("accept", self.accept, 0, math.inf)
+        self._follow_steps("early_look", self.steps)
         _whole("early_look", self.early_look, 0, None)
         _real("early_accept", self.early_accept, 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
@@ -68,6 +79,11 @@ class Tempering:
         _choice("preview", self.preview, PREVIEWS)
         for name in ("height", "width"):
             _size(name, getattr(self, name))
+
+    def _follow_steps(self, name: str, most: int) -> None:
+        if getattr(self, name) is IN_PROPORTION:
+            value = min(most, in_proportion(DEFAULT_WAY[name], DEFAULT_STEPS, self.steps))
+            object.__setattr__(self, name, value)  # how a frozen dataclass completes itself
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -105,6 +121,7 @@ class Request:
     evaluate: bool = False
     cycles: int = 1
     resume: Path | None = None
+    blind: bool = False  # resumed by flags alone, since its run.json is damaged
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
@@ -116,6 +133,11 @@ class Request:
     def prompt(self) -> str:
         """The joined prompt."""
         return self.settings.joiner.join(self.prompts)
+
+
+def in_proportion(part: int, whole: int, steps: int) -> int:
+    """As large a share of `steps` as `part` is of `whole`, in whole steps."""
+    return round(part * steps / whole)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
