@@ -27,7 +27,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
@@ -81,12 +81,12 @@ class Verdict:
     """What a judge says of one picture.
 
     `faults` are from the judge's own `FAULTS`; `notes` say why, a text a subject, where the judge
-    can tell; `score`, in 0..1, is for a judge whose recipe reports one.
+    can tell; `figures` are what its recipe reports besides, from its own `FIGURES`.
     """
 
     faults: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    score: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def all_ok(self) -> bool:
@@ -98,6 +98,12 @@ FAULTS = {
     "owlv2": (MISSING, WRONG_COLOUR, FUSED),
     "blip-vqa": (DOUBTED,),
     "pocket": (MISSING, WRONG_COLOUR, FUSED),
+}
+# What a figure is called; all are better where they are higher.
+FIGURES = {
+    "owlv2": {"clip_whole": "CLIP, whole prompt", "clip_worst": "CLIP, worst subject"},
+    "blip-vqa": {"vqa_score": "VQA score"},
+    "pocket": {},
 }
 
 
@@ -150,6 +156,7 @@ def _owlv2_verdict(notes: Notes, prompt: Prompt, threshold: float) -> Verdict:
             f"{subject}: {fault or 'there'} ({score:.2f}{f', {colour}' if colour else ''})"
             for subject, (fault, score, colour) in zip(prompt.subjects, states, strict=True)
         ),
+        figures=notes["clip"],
     )
 
 
@@ -259,7 +266,7 @@ def _blip_verdict(notes: Notes, prompt: Prompt) -> Verdict:
     answers = notes["yes"]
     told = [f"{s}? {yes:.2f}" for s, yes in zip(prompt.subjects, answers, strict=True)]
     doubted = min(answers) <= YES
-    return Verdict((DOUBTED,) * doubted, tuple(told), score=float(np.prod(answers)))
+    return Verdict((DOUBTED,) * doubted, tuple(told), {"vqa_score": float(np.prod(answers))})
 
 
 def _pocket_verdict(notes: Notes) -> Verdict:
@@ -334,7 +341,7 @@ class Clip:
         picture = self.pictures([image])[0]
         parts = [float(self.text(part) @ picture) for part in prompt.subjects]
         whole = float(self.text(prompt.text) @ picture)
-        return {"whole": round(whole, 4), "worst": round(min(parts), 4)}
+        return {"clip_whole": round(whole, 4), "clip_worst": round(min(parts), 4)}
 
 
 class Owlv2Judge(Judge):

@@ -164,7 +164,7 @@ def thing(
 
 
 def seen(*things: dict[str, Any]) -> dict[str, Any]:
-    return {"things": list(things), "others": []}
+    return {"things": list(things), "others": [], "clip": {}}
 
 
 DOG, ROBOT = (
@@ -281,11 +281,11 @@ def test_a_threshold_is_not_taken_from_a_handful() -> None:
 
 def test_blip_must_say_yes_to_every_subject() -> None:
     assert verdict("blip-vqa", {"yes": [0.9, 0.6]}, PAIR) == Verdict(
-        (), ("a black dog? 0.90", "a toy robot? 0.60"), score=0.9 * 0.6
+        (), ("a black dog? 0.90", "a toy robot? 0.60"), {"vqa_score": 0.9 * 0.6}
     )
     doubted = verdict("blip-vqa", {"yes": [0.9, 0.4]}, PAIR)
     assert doubted.faults == ("not confirmed",)
-    assert doubted.score == pytest.approx(0.36)  # T2I-CompBench's score: the product
+    assert doubted.figures["vqa_score"] == pytest.approx(0.36)  # T2I-CompBench's score: the product
     assert not verdict("blip-vqa", {"yes": [0.5, 0.9]}, PAIR).all_ok
 
 
@@ -404,8 +404,8 @@ def test_clip_scores_are_of_the_whole_prompt_and_of_its_worst_part(
     inputs = clip.processor(text=texts, images=picture, return_tensors="pt", padding=True)
     cosines = clip.model(**inputs).logits_per_image[0] / clip.model.logit_scale.exp()
     found = judges.Clip(clip).scores(picture, PAIR)
-    assert found["whole"] == pytest.approx(float(cosines[0]), abs=1e-4)
-    assert found["worst"] == pytest.approx(float(cosines[1:].min()), abs=1e-4)
+    assert found["clip_whole"] == pytest.approx(float(cosines[0]), abs=1e-4)
+    assert found["clip_worst"] == pytest.approx(float(cosines[1:].min()), abs=1e-4)
 
 
 @torch.no_grad()
@@ -439,7 +439,9 @@ def test_notes_survive_json_and_a_verdict_follows_from_them(
         again = json.loads(json.dumps(notes))
         assert again == notes
         assert verdict(each.name, again, PAIR) == verdict(each.name, notes, PAIR)
-        assert len(verdict(each.name, notes, PAIR).notes) == len(PAIR.subjects)
+        said = verdict(each.name, notes, PAIR)
+        assert len(said.notes) == len(PAIR.subjects)
+        assert said.figures.keys() == judges.FIGURES[each.name].keys()
     assert len(judge.see(picture, PAIR)["others"]) == 2  # of the nouns that PAIR does not name
 
 
