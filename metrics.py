@@ -242,6 +242,7 @@ def _paired(column: Column, before: Array, after: Array, means: Array | None) ->
     gains = differences if column.higher_is_better else -differences
     better, worse = int((gains > 0).sum()), int((gains < 0).sum())
     low, high = _interval(None if means is None else means[:, 1] - means[:, 0])
+    can_fail = column.share and column.higher_is_better
     return Paired(
         plain_mean=float(before.mean()),
         tempered_mean=float(after.mean()),
@@ -255,7 +256,7 @@ def _paired(column: Column, before: Array, after: Array, means: Array | None) ->
         cycles=len(differences),
         better=better,
         worse=worse,
-        **(_failures(before, after, means) if column.share else {}),
+        **(_failures(before, after, means) if can_fail else {}),
     )
 
 
@@ -390,70 +391,6 @@ def _wilcoxon_p(differences: Array) -> float | None:
 
 
 # ---- For the reader ----
-
-UNDEFINED = "-"
-COLUMNS = (
-    ("metric", 11),
-    ("better", 6),
-    ("plain mean", 10),
-    ("tempered mean", 13),
-    ("difference", 10),
-    ("95 % interval", 18),
-    ("Wilcoxon p", 10),
-    ("improved", 8),
-)  # 86 and seven gaps of two: 100 columns
-
-
-def summary_table(summary: dict[str, Paired]) -> str:
-    """The summary as a table for a terminal: ASCII, at most 100 columns, no newline at the end.
-
-    summary: what `summarise` returns, or some of its keys. Undefined figures show as "-".
-    Raises InputError for an empty summary or an unknown key.
-    """
-    unknown = [key for key in summary if key not in METRICS]
-    if unknown or not summary:
-        raise InputError(f"A summary must have keys among {list(METRICS)}; got {list(summary)}.")
-    header = [title for title, _ in COLUMNS]
-    rule = ["-" * width for _, width in COLUMNS]
-    body = [_row(METRICS[key], figures) for key, figures in summary.items()]
-    cycles = max(figures.cycles for figures in summary.values())
-    footer = f"{cycles} {'cycle' if cycles == 1 else 'cycles'}; difference = tempered - plain"
-    return "\n".join([*map(_line, (header, rule, *body)), footer])
-
-
-def _row(metric: Metric, figures: Paired) -> list[str]:
-    return [
-        metric.name,
-        metric.better,
-        f"{figures.plain_mean:.4f}",
-        f"{figures.tempered_mean:.4f}",
-        _signed(figures.difference_mean),
-        _interval_text(figures.low, figures.high),
-        _p_text(figures.p),
-        f"{figures.improved:.0%}",
-    ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    words, figures = cells[:2], cells[2:]  # words to the left, figures to the right
-    left = [cell.ljust(width) for cell, (_, width) in zip(words, COLUMNS[:2], strict=True)]
-    right = [cell.rjust(width) for cell, (_, width) in zip(figures, COLUMNS[2:], strict=True)]
-    return "  ".join(left + right)
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 4) + 0.0:+.4f}"  # + 0.0 turns -0.0 into 0.0
-
-
-def _interval_text(low: float | None, high: float | None) -> str:
-    return UNDEFINED if low is None or high is None else f"{_signed(low)} {_signed(high)}"
-
-
-def _p_text(p: float | None) -> str:
-    if p is None:
-        return UNDEFINED
-    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
-
 
 # Blue and vermillion of Okabe and Ito's palette for colour-blind readers (jfly.uni-koeln.de/color).
 # Shape tells them apart as well: a ring and a smaller diamond, so that both show on one spot.

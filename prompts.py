@@ -21,7 +21,7 @@ from errors import InputError, one_line
 
 BUNDLED = Path(__file__).with_name("prompt_sets")
 LARGEST = 10_000_000  # bytes of a file; the papers' sets have some ten thousand
-ONLY = "all"  # what the subset is called where a set has no heads
+UNNAMED = "others"  # the subset of lines that stand under no head
 _HEAD = re.compile(r'\[([^][]*[^][\s][^][]*)\]\s*(?:"([^"]*)")?')
 
 
@@ -31,7 +31,7 @@ class Prompt:
 
     subjects: tuple[str, ...]
     joiner: str
-    subset: str = ONLY
+    subset: str = UNNAMED
 
     @property
     def text(self) -> str:
@@ -63,7 +63,7 @@ def parse(lines: Sequence[str], joiner: str, name: str) -> list[Prompt]:
 
 
 def _prompts(lines: Sequence[str], joiner: str, name: str) -> Iterator[Prompt]:
-    subset, joined = ONLY, joiner
+    subset, joined = UNNAMED, joiner
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line or line.startswith("#"):
             continue

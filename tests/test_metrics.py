@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import re
 import subprocess
 import sys
 import warnings
@@ -36,7 +35,6 @@ from metrics import (
     ppv,
     scatter,
     summarise,
-    summary_table,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")  # nothing here may warn its user
@@ -493,78 +491,6 @@ def test_mcnemar_by_hand() -> None:
 
 
 # ---- For the reader ----
-
-FIGURES = Paired(
-    plain_mean=0.51234,
-    tempered_mean=0.61239,
-    plain_median=0.5,
-    tempered_median=0.6,
-    difference_mean=0.10005,
-    low=-0.01236,
-    high=0.21237,
-    p=0.03127,
-    improved=0.75,
-    cycles=8,
-    better=6,
-    worse=1,
-)
-
-
-def test_the_table_shows_every_figure() -> None:
-    table = summary_table({"ppv": FIGURES})
-    header, _, row, footer = table.split("\n")
-    assert re.split(r" {2,}", header) == [
-        *("metric", "better", "plain mean", "tempered mean"),
-        *("difference", "95 % interval", "Wilcoxon p", "improved"),
-    ]
-    expected = ["PPV", "higher", "0.5123", "0.6124", "+0.1001", "-0.0124", "+0.2124", "0.0313"]
-    assert row.split() == [*expected, "75%"]
-    assert footer.startswith("8 cycles")
-
-
-def test_the_table_names_the_better_direction_of_each_metric() -> None:
-    rows = summary_table(summarise(BEFORE, AFTER)).split("\n")[2:5]
-    assert [re.split(r" {2,}", row)[:2] for row in rows] == [
-        ["PPV", "higher"],
-        ["NPV", "higher"],
-        ["JS distance", "lower"],
-    ]
-
-
-def test_the_table_fits_its_terminal_and_stays_aligned() -> None:
-    extreme = Paired(1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 100_000, 100_000, 0)
-    table = summary_table({"ppv": extreme, "npv": FIGURES, "js": extreme})
-    *lines, _ = table.split("\n")
-    assert {len(line) for line in lines} == {100}
-    assert max(len(line) for line in table.split("\n")) <= 100
-    assert table.isascii()  # a console of any encoding can print it
-
-
-def test_the_table_marks_what_is_undefined() -> None:
-    nothing = paired([0.5], [0.5], higher_is_better=True)
-    *_, row, footer = summary_table({"npv": nothing}).split("\n")
-    assert row.split() == ["NPV", "higher", "0.5000", "0.5000", "+0.0000", "-", "-", "0%"]
-    assert footer.startswith("1 cycle;")
-
-
-@pytest.mark.parametrize(
-    ("p", "text"), [(0.0, "<0.0001"), (0.00009, "<0.0001"), (0.0001, "0.0001"), (1.0, "1.0000")]
-)
-def test_the_table_never_rounds_p_to_nothing(p: float, text: str) -> None:
-    row = summary_table({"js": dataclasses.replace(FIGURES, p=p)}).split("\n")[2]
-    assert row.split()[-2] == text
-
-
-def test_the_table_has_no_negative_zero() -> None:
-    tiny = dataclasses.replace(FIGURES, difference_mean=-1e-9, low=-1e-8, high=1e-8)
-    row = summary_table({"js": tiny}).split("\n")[2]
-    assert row.split()[5:8] == ["+0.0000", "+0.0000", "+0.0000"]
-
-
-@pytest.mark.parametrize("keys", [[], ["ppv", "recall"]])
-def test_an_unusable_summary_is_told(keys: list[str]) -> None:
-    with pytest.raises(InputError, match=r"keys among \['ppv', 'npv', 'js'\]; got \["):
-        summary_table(dict.fromkeys(keys, FIGURES))
 
 
 def pictures(cycles: int, seed: int) -> list[PictureMetrics]:

@@ -27,7 +27,7 @@ a [red] car | a #1 mug | a clock
 
 def test_a_set_is_read_as_it_is_documented() -> None:
     assert prompts.parse(TEXT.splitlines(), " next to ", "x") == [
-        Prompt(("a cat", "a dog"), " next to ", "all"),
+        Prompt(("a cat", "a dog"), " next to ", "others"),
         Prompt(("a bear", "a crown"), " with ", "worn"),
         Prompt(("a lion", "a bow"), " with ", "worn"),
         Prompt(("a [red] car", "a #1 mug", "a clock"), " next to ", "beside things"),
