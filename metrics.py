@@ -196,6 +196,10 @@ class Paired:
     cut_low: float | None = None
     cut_high: float | None = None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
 
 class Column(NamedTuple):
     """One measure of both pictures of N cycles: a figure, or as a share 1 and 0 for yes and no."""
