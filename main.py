@@ -225,8 +225,8 @@ def run(words: Sequence[str]) -> None:
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments; those of an earlier run (--repeat, --resume) stand in for flags not given."""
-    blank, defaults = parser(), vars(parser().parse_args([]))
-    blank.set_defaults(**dict.fromkeys(defaults))
+    whole, blank = vars(parser().parse_args(words)), parser()
+    blank.set_defaults(**dict.fromkeys(whole))
     typed = vars(blank.parse_args(words))
     given = {name: value for name, value in typed.items() if value is not None}
     check_working_directory()
@@ -240,7 +240,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if not given.keys().isdisjoint(FLOWS):
         stored = {name: value for name, value in stored.items() if name not in FLOWS}
     blind = "resume" in given and not stored
-    return argparse.Namespace(**{**defaults, **stored, **given}, blind=blind)
+    return argparse.Namespace(**{**whole, **stored, **given}, blind=blind)
 
 
 def check_working_directory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -77,6 +78,8 @@ class Tempering:
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
         _choice("preview", self.preview, PREVIEWS)
+        _text("negative_prompt", self.negative_prompt)
+        _text("joiner", self.joiner)
         for name in ("height", "width"):
             _size(name, getattr(self, name))
 
@@ -147,22 +150,33 @@ def check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise InputError("prompts must name at least one subject, got none")
     for number, prompt in enumerate(prompts, start=1):
+        _text(f"prompt {number}", prompt)
         if not prompt.strip():
             raise InputError(f"prompt {number} must not be empty, got {prompt!r}")
 
 
 def _whole(name: str, value: int, low: int, high: int | None, what: str = "") -> None:
     wrong_type = isinstance(value, bool) or not isinstance(value, int)
-    if wrong_type or value < low or (high is not None and value > high):
-        span = f"of at least {low}" if high is None else f"in {low}..{high}{what}"
+    largest = sys.maxsize if high is None else high  # what a range can count to
+    if wrong_type or not low <= value <= largest:
+        open_end = high is None and (wrong_type or value < low)
+        span = f"of at least {low}" if open_end else f"in {low}..{largest}{what}"
         raise InputError(f"{name} must be a whole number {span}, got {value!r}")
 
 
 def _real(name: str, value: float, low: float, high: float) -> None:
     wrong_type = isinstance(value, bool) or not isinstance(value, (int, float))
-    if wrong_type or not math.isfinite(value) or not low <= value <= high:
+    if wrong_type or not low <= value <= min(high, sys.float_info.max):  # false for NaN, too
         span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
         raise InputError(f"{name} must be a finite number {span}, got {value!r}")
+
+
+def _text(name: str, value: str) -> None:
+    """Raise InputError for no text, or for bytes that are none in the terminal's encoding."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InputError(f"{name} must be a text in UTF-8, got {value!r}") from error
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -171,5 +185,8 @@ def _choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _size(name: str, value: int | None) -> None:
-    if value is not None and (value < SIZE_FACTOR or value % SIZE_FACTOR):
+    if value is None:
+        return
+    wrong_type = isinstance(value, bool) or not isinstance(value, int)
+    if wrong_type or value < SIZE_FACTOR or value % SIZE_FACTOR or value > sys.maxsize:
         raise InputError(f"{name} must be a multiple of {SIZE_FACTOR} pixels, got {value!r}")
