@@ -23,6 +23,9 @@ from errors import InputError, ModelError, ResourceError, one_line
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
 CLIPSEG = "CIDAS/clipseg-rd64-refined"
+OWLV2 = "google/owlv2-base-patch16-ensemble"
+CLIP = "openai/clip-vit-large-patch14"
+BLIP_VQA = "Salesforce/blip-vqa-base"
 POCKET = "pocket"
 
 _CONTACT_SECONDS = 10  # how long the Hub may take to answer for the first time
@@ -116,6 +119,28 @@ SEGMENTER = Kind(
     single_file={},
     instead="what works without it: a CLIPSeg folder, or --clipseg pocket with --model pocket",
 )
+# What judges look through: always by these names, from the Hub or its cache.
+_EYES = replace(
+    SEGMENTER,
+    flag="--judge",
+    instead="what works without it: --judge none, and to judge the same pictures later with "
+    "--resume",
+)
+EYES = {
+    OWLV2: replace(_EYES, marker=("config.json", "model_type", "owlv2")),
+    CLIP: replace(_EYES, marker=("config.json", "model_type", "clip")),
+    BLIP_VQA: replace(
+        _EYES,
+        marker=("config.json", "model_type", "blip"),
+        parts={
+            "": (
+                *_TRANSFORMERS,
+                *("tokenizer_config.json", "vocab.txt|tokenizer.json"),
+                "preprocessor_config.json|processor_config.json",
+            )
+        },
+    ),
+}
 
 
 class _UnreachableError(ModelError):

@@ -106,6 +106,19 @@ FIGURES = {
     "pocket": {},
 }
 
+_UNTRIED = (
+    "its rules were tried on boxes and answers made by hand, and with small random models; how it "
+    "agrees with people was not measured here"
+)
+REMARKS = {  # what a reader of its verdicts must know
+    "owlv2": "OWLv2 finds subjects, CLIP their colours on whole crops, backgrounds included; "
+    f"{_UNTRIED}",
+    "blip-vqa": "a picture is all OK if yes is likelier than no for every subject; BLIP judges "
+    f"colours better than shapes; {_UNTRIED}",
+    "pocket": "a small network that was trained on drawings with known faults; it judges the "
+    "pocket's pictures alone, and its own errors are in the pocket's model card",
+}
+
 
 def subject_of(prompt: str) -> Subject:
     """Read a subject's prompt: "a black dog" is a dog, and black; "a toy robot" has no colour."""

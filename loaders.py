@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
 
+    from judges import Eye, Judge
+    from prompts import Prompt
     from segmentation import ClipSeg
 
 # Name -> diffusers' class, and what Stable Diffusion v1's own scheduler sets, for models whose
@@ -128,6 +130,47 @@ def load_clipseg(
         processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
     with memory_errors():
         return ClipSeg(clipseg.to(target).eval(), processor)
+
+
+def load_judge(
+    name: str,
+    prompts: Sequence[Prompt],
+    *,
+    device: str | torch.device | None = None,
+    offline: bool = False,
+) -> Judge:
+    """The judge of that name, ready on its device, for pictures of `prompts`; in float32.
+
+    Raises InputError before anything is loaded, ModelError and ResourceError after.
+    """
+    import judges
+
+    if name == "pocket":
+        from pocket.judge import load_judge as load_pockets
+
+        return judges.PocketJudge(load_pockets())
+    target = pick_device(device)
+    if name == "blip-vqa":
+        return judges.BlipVqaJudge(_eye(hub.BLIP_VQA, "BlipForQuestionAnswering", target, offline))
+    nouns = [judges.subject_of(subject).noun for each in prompts for subject in each.subjects]
+    owlv2 = _eye(hub.OWLV2, "Owlv2ForObjectDetection", target, offline)
+    return judges.Owlv2Judge(owlv2, _eye(hub.CLIP, "CLIPModel", target, offline), nouns)
+
+
+def _eye(repo: str, class_name: str, device: torch.device, offline: bool) -> Eye:
+    """A model that a judge looks through, with its checkpoint's own processor."""
+    import torch
+
+    source = hub.fetch(repo, hub.EYES[repo], offline)
+    with _loading(source):
+        from judges import Eye
+
+        transformers = import_module("transformers")
+        model = getattr(transformers, class_name)
+        network = _network(model, class_name, source, source, torch.float32)
+        processor = transformers.AutoProcessor.from_pretrained(source, local_files_only=True)
+    with memory_errors():
+        return Eye(network.to(device).eval(), processor)
 
 
 def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from errors import InputError, one_line
 
 BUNDLED = Path(__file__).with_name("prompt_sets")
+KEPT = "prompts.txt"  # an evaluation's own copy
 LARGEST = 10_000_000  # bytes of a file; the papers' sets have some ten thousand
 UNNAMED = "others"  # the subset of lines that stand under no head
 _HEAD = re.compile(r'\[([^][]*[^][\s][^][]*)\]\s*(?:"([^"]*)")?')
@@ -42,6 +43,11 @@ def names() -> list[str]:
     """The bundled sets. The pocket knows every word in them, so each is the pocket's, too."""
     found = sorted(path.stem for path in BUNDLED.glob("*.txt"))
     return [*found, *(f"pocket-{name}" for name in found)]
+
+
+def lasting(text: str) -> str:
+    """The name of a set as it means the same from another working directory."""
+    return text if text in names() else str(Path(text).expanduser().absolute())
 
 
 def load(text: str, joiner: str) -> list[Prompt]:

@@ -61,17 +61,22 @@ class Session:
     def dtype(self) -> str:
         return str(self.painter.sampler.family.denoiser.dtype).removeprefix("torch.")
 
-    def parameters(self, image: Image, seed: int, name: str) -> str:
+    def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
+        """A painter like this run's, of other prompts."""
+        settings = replace(self.painter.settings, joiner=joiner)
+        return Painter(self.pipe, self.painter.clipseg, prompts, settings)
+
+    def parameters(self, image: Image, seed: int, name: str, prompt: str | None = None) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
 
         `name` is "plain", "tempered", or what else it shows of the way to the tempered picture
-        `image`.
+        `image`; `prompt` is its text, where it is not that of the request.
         """
         settings = self.request.settings
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
         method = {f"Tempering {key}": getattr(settings, key) for key in names}
         return outputs.parameters_text(
-            prompt=self.request.prompt,
+            prompt=self.request.prompt if prompt is None else prompt,
             negative_prompt=settings.negative_prompt,
             steps=settings.steps,
             sampler=SAMPLER_NAMES[scheduler_name(self.request.models.scheduler)],
@@ -140,9 +145,10 @@ def open_session(request: Request, device: str | None = None) -> Session:
     clipseg = load_clipseg(
         clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
     )
-    texts = [request.prompt, request.settings.negative_prompt]
+    texts = [*(each.text for each in request.all_prompts), request.settings.negative_prompt]
+    subjects = dict.fromkeys(subject for each in request.all_prompts for subject in each.subjects)
     warn_of_cuts("Stable Diffusion", pipe.tokenizer, texts)
-    warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, request.prompts)
+    warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, list(subjects))
     painter = Painter(pipe, clipseg, [request.prompts], request.settings)
     return Session(
         request=request,

@@ -54,6 +54,7 @@ class Result:
     seed: int
     unet_calls: int  # U-Net evaluations; both halves of guidance count as one
     tempered_calls: int  # of them, what the tempered picture would have taken by itself
+    plain_calls: int | None  # and the plain one, where it was asked for
 
     @property
     def probabilities(self) -> Tensor:
@@ -185,6 +186,7 @@ class Painter:
                 seed=seed,
                 unet_calls=sum(each.evaluations for each in walk.branches),
                 tempered_calls=walk.evaluations_for(branch),
+                plain_calls=walk.trunk.evaluations if compare else None,
             )
             for branch, walk, seed in zip(tempered, walks, seeds, strict=True)
         ]
