@@ -147,7 +147,9 @@ def files_in_readme() -> tuple[set[str], set[str]]:
     """The files that README says a picture leaves, and those of an evaluation."""
     section = README.split("### What a run leaves")[1].split("\n## ")[0]
     texts = section.split("An evaluation's folder holds")
-    picture, added = (set(re.findall(r"`([a-z-]+\.(?:png|jsonl?|csv|md|html))`", text)) for text in texts)
+    picture, added = (
+        set(re.findall(r"`([a-z-]+\.(?:png|jsonl?|csv|md|html))`", text)) for text in texts
+    )
     return picture, added
 
 
