@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 
 class TemperingError(Exception):
@@ -23,6 +25,22 @@ class ModelError(TemperingError):
 
 class ResourceError(TemperingError):
     """The machine ran out of something (memory, disk); the text names what would help."""
+
+
+def raise_not_finite(what: str, parts: Mapping[str, Any], advice: str) -> NoReturn:
+    """Raise ModelError for numbers that no picture can have, naming what is to blame.
+
+    Those of the `parts` (torch modules by name) whose weights are not finite; else `advice` helps.
+    """
+    unsound = [
+        name
+        for name, part in parts.items()
+        # On "meta" are those that sequential offloading keeps elsewhere.
+        if not all(each.isfinite().all() for each in part.parameters() if not each.is_meta)
+    ]
+    if unsound:
+        advice = f"because weights of {', '.join(unsound)} are not: put a sound copy in their place"
+    raise ModelError(f"{what} is not finite {advice}")
 
 
 def one_line(error: BaseException) -> str:

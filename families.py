@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from errors import InputError, ModelError
+from errors import InputError, raise_not_finite
 
 # The text of a batch: what the denoiser is told beside latents and timestep, by the names of its
 # own arguments, a row for each picture. All families have "encoder_hidden_states" (B, L, D).
@@ -95,14 +95,11 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of clean latents (B, channels, h, w), as diffusers' pipeline makes them.
 
-        Raises ModelError for pixels that are not finite, as fp16 overflows give them.
+        Raises ModelError for pixels that are not finite, as damaged weights, overflows of fp16 and
+        absurd settings give them.
         """
         vae = self.pipe.vae
-        pixels = decoded(vae, latents.to(vae.dtype), self.device)
-        if not pixels.isfinite().all():
-            dtype = str(vae.dtype).removeprefix("torch.")
-            raise ModelError(f"the picture is not finite in {dtype}; --dtype fp32 or bf16 may help")
-        return self._pictures(pixels)
+        return self._pictures(decoded(vae, latents.to(vae.dtype), self.device))
 
     def decode_linearly(self, latents: Tensor) -> list[Image.Image]:
         """The same by a linear map instead of the VAE: blurred, at hardly any cost."""
@@ -115,9 +112,16 @@ class Family(ABC):
         return linear_map(self.pipe.vae, self.device)
 
     def _pictures(self, pixels: Tensor) -> list[Image.Image]:
+        if not pixels.isfinite().all():
+            raise_not_finite("the picture", networks_of(self.pipe), self._advice())
         normal = [True] * len(pixels)
         processor = self.pipe.image_processor
         return list(processor.postprocess(pixels, output_type="pil", do_denormalize=normal))
+
+    def _advice(self) -> str:
+        dtype = str(self.pipe.vae.dtype).removeprefix("torch.")
+        wider = "" if dtype == "float32" else "--dtype fp32 or bf16, or "
+        return f"in {dtype}; what may help: {wider}a smaller --guidance_scale or --cfg_rescale"
 
 
 class StableDiffusion(Family):
@@ -141,6 +145,12 @@ class StableDiffusion(Family):
 
 # By the pipeline's class in diffusers, or one that it is derived from.
 FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
+
+
+def networks_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The parts of a pipeline that have weights, by diffusers' names for them."""
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from errors import InputError, ModelError, ResourceError, one_line
 
@@ -25,6 +26,7 @@ CLIPSEG = "CIDAS/clipseg-rd64-refined"
 POCKET = "pocket"
 
 _CONTACT_SECONDS = 10  # how long the Hub may take to answer for the first time
+_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before a busy Hub or a broken line is tried again
 # Compiled where it is used: not every start needs it.
 _HUB_ID = r"(?a:(?!.*(--|\.\.))(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?)"
 _PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -117,11 +119,15 @@ SEGMENTER = Kind(
 
 
 class _UnreachableError(ModelError):
-    """A model that is not in the cache, while the Hub does not answer or must not be asked."""
+    """A model that is not in the cache, while the Hub does not answer or must not be asked.
 
-    def __init__(self, repo: str, reason: str, instead: str) -> None:
+    `busy`: it did answer, that it can not now.
+    """
+
+    def __init__(self, repo: str, reason: str, instead: str, *, busy: bool = False) -> None:
         super().__init__(f"can not download {repo}: {reason}; {instead}")
         self.reason = reason
+        self.busy = busy
 
 
 def to_stderr(text: str) -> None:
@@ -249,16 +255,22 @@ def fetch(repo: str, kind: Kind, offline: bool) -> Path:
     if offline:
         reason = "it is not complete in the cache, and offline nothing is fetched"
         raise _UnreachableError(repo, reason, kind.instead)
-    with _hub_errors(repo, kind):
-        info = HfApi().model_info(repo, timeout=_CONTACT_SECONDS)
+    info = _patiently(
+        lambda: HfApi().model_info(repo, timeout=_CONTACT_SECONDS),
+        repo,
+        kind,
+        worth_it=lambda error: error.busy,  # without a network it is known at once
+    )
     config, key = info.config or {}, kind.marker[1]
     found = config.get(key) or (config.get("diffusers") or {}).get(key)
     names = {file.rfilename for file in info.siblings or ()}
     fault = _unfit(kind, names.__contains__, found)
     if not fault:
         try:
-            with _hub_errors(repo, kind):
-                folder = _download(repo, kind.patterns)
+            patterns = kind.patterns
+            folder = Path(
+                _patiently(lambda: snapshot_download(repo, allow_patterns=patterns), repo, kind)
+            )
         except _UnreachableError as error:  # not a reason to run another model: it was there
             text = f"the download of {repo} broke off, {error.reason}; run again to go on"
             raise ModelError(text) from error
@@ -268,22 +280,28 @@ def fetch(repo: str, kind: Kind, offline: bool) -> Path:
     return folder
 
 
-def _download(repo: str, patterns: list[str], attempts: int = 3) -> Path:
-    """Fetch into the Hub's cache; files that are complete there are not fetched again.
+def _patiently(
+    ask: Callable[[], Any],
+    repo: str,
+    kind: Kind,
+    worth_it: Callable[[_UnreachableError], bool] = lambda error: True,
+) -> Any:
+    """What the Hub's client gives; asked again where a Hub is out of reach and it is `worth_it`.
 
-    The client takes up a body that ends early by itself, but not one whose connection is reset.
+    The client keeps the files that are complete, and takes up a body that ends early, but gives up
+    at a reset connection, a time-out, and at most of what a busy Hub answers.
     """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:
-        # By name: which of these libraries is there depends on the client's version.
-        library = type(error).__module__.partition(".")[0]
-        if attempts == 1 or library not in ("httpx", "httpx2", "requests"):
-            raise
-    time.sleep(1)
-    return _download(repo, patterns, attempts - 1)
+    for pause in _PAUSES:
+        try:
+            with _hub_errors(repo, kind):
+                return ask()
+        except _UnreachableError as error:
+            if not worth_it(error):
+                raise
+            to_stderr(f"{repo}: {error.reason}; trying again in {pause} s")
+        time.sleep(pause)
+    with _hub_errors(repo, kind):
+        return ask()
 
 
 @contextmanager
@@ -310,5 +328,5 @@ def _hub_errors(repo: str, kind: Kind) -> Iterator[None]:
         else:
             answer = f"it answers {http.response.status_code}" if http else one_line(cause)
             reason = f"the Hub can not be reached ({answer})"
-            raise _UnreachableError(repo, reason, kind.instead) from error
+            raise _UnreachableError(repo, reason, kind.instead, busy=http is not None) from error
         raise ModelError(f"{start}: {reason}; {kind.instead}") from error

@@ -5,9 +5,10 @@ Nothing heavy is imported before it is needed. What a name means, hub.py knows.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -42,12 +43,12 @@ _OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_fail
 
 
 def load_pipeline(
-    model: str | None = None,
+    model: str | Path | None = None,
     *,
-    vae: str | None = None,
+    vae: str | Path | None = None,
     scheduler: str = "euler",
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     offload: str | None = None,
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
@@ -56,9 +57,11 @@ def load_pipeline(
 
     `model` None is Stable Diffusion v1-4, or, where it can neither be fetched nor found in the
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
-    Raises InputError before anything is loaded, ModelError and ResourceError after.
+    `dtype` and `device` are names as on the command line, or torch's own. Raises InputError before
+    anything is loaded, ModelError and ResourceError after.
     """
     scheduler_name(scheduler)
+    model, vae = (None if name is None else str(name) for name in (model, vae))
     if model is not None:
         hub.check(model, hub.MODEL)
     if vae is not None:
@@ -75,20 +78,19 @@ def load_pipeline(
     configuration = source
     if source.is_file():
         configuration = hub.fetch(hub.STABLE_DIFFUSION, hub.CONFIGURATION, offline)
-    options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
     parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     if vae is not None:
         vae_source = hub.locate(vae, hub.VAE, offline)
         with _loading(vae_source) as diffusers:
-            autoencoder = diffusers.AutoencoderKL
-            parts["vae"] = _load(autoencoder, vae_source, configuration / "vae", **options)
+            files = vae_source, configuration / "vae"
+            parts["vae"] = _network(diffusers.AutoencoderKL, "vae", *files, precision)
     with _loading(source) as diffusers:
-        options |= {**parts, "requires_safety_checker": False}
+        if source.is_dir():
+            parts |= _networks(source, precision, but=parts)
+        options = {**parts, "requires_safety_checker": False, "torch_dtype": precision}
         pipe = _load(diffusers.StableDiffusionPipeline, source, configuration, **options)
         pipe.register_to_config(_name_or_path=str(source))
-        latents, taken = pipe.vae.config.latent_channels, pipe.unet.config.in_channels
-        if latents != taken:
-            raise ValueError(f"the VAE's latents have {latents} channels, the U-Net takes {taken}")
+        _check_parts(pipe)
         set_scheduler(pipe, scheduler)
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
@@ -101,17 +103,17 @@ def load_pipeline(
 
 
 def load_clipseg(
-    model: str | None = None,
+    model: str | Path | None = None,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     offline: bool = False,
 ) -> ClipSeg:
     """CLIPSeg with its checkpoint's own processor, ready on its device; None is `hub.CLIPSEG`.
 
     Raises InputError before anything is loaded, ModelError and ResourceError after.
     """
-    model = hub.CLIPSEG if model is None else model
+    model = hub.CLIPSEG if model is None else str(model)
     hub.check(model, hub.SEGMENTER)
     target = pick_device(device)
     pick_dtype(dtype, target)
@@ -120,15 +122,12 @@ def load_clipseg(
         from segmentation import ClipSeg
 
         transformers = import_module("transformers")
-        options = {"local_files_only": True}
-        clipseg, report = transformers.CLIPSegForImageSegmentation.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
-        )
-        if report["missing_keys"]:  # transformers would go on with random weights
-            raise ValueError(f"there is no {', '.join(sorted(report['missing_keys']))}")
-        processor = transformers.CLIPSegProcessor.from_pretrained(source, **options)
+        precision = _precision(source, dtype, target)
+        segmenter = transformers.CLIPSegForImageSegmentation
+        clipseg = _network(segmenter, "CLIPSeg", source, source, precision)
+        processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
     with memory_errors():
-        return ClipSeg(clipseg.to(target, _precision(source, dtype, target)).eval(), processor)
+        return ClipSeg(clipseg.to(target).eval(), processor)
 
 
 def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
@@ -165,9 +164,11 @@ def _squash(text: str) -> str:
     return re.sub(r"[\s_-]", "", text.lower())
 
 
-def pick_device(text: str | None = None) -> torch.device:
-    """The device named `text`, by itself the first of cuda, mps, xpu and cpu that is present."""
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, by itself the first of cuda, mps, xpu and cpu that is present."""
     import torch
+
+    text = None if name is None else str(name)
 
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -177,20 +178,26 @@ def pick_device(text: str | None = None) -> torch.device:
     }
     if text is None:
         return torch.device(next(name for name, count in counts.items() if count))
-    name, _, index = text.partition(":")
+    kind, _, index = text.partition(":")
     if not re.fullmatch(r"\w+(:\d{1,3})?", text, re.ASCII) or int(index or 0) >= counts.get(
-        name, 0
+        kind, 0
     ):
         present = [f"{name}:{i}" if n > 1 else name for name, n in counts.items() for i in range(n)]
         raise InputError(f"--device must be present ({', '.join(present)}), got {text!r}")
     return torch.device(text)
 
 
-def pick_dtype(text: str | None, device: torch.device) -> torch.dtype:
-    """The dtype named `text`; by itself fp16 on GPUs, bf16 on CPUs that have it, else fp32."""
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name, be it torch's own (`float16`, `torch.float16`) or shorter (`fp16`).
+
+    By itself fp16 on GPUs, bf16 on CPUs that have it, else fp32.
+    """
     import torch
 
-    if text is None:
+    shorter = {long: short for short, long in DTYPES.items()}
+    text = str(name).removeprefix("torch.")
+    text = shorter.get(text, text)
+    if name is None:
         # Older torch has no get_capabilities, and knows of x86 alone whether it has bf16.
         found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         older = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -204,17 +211,83 @@ def pick_dtype(text: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, DTYPES[text])
 
 
-def _precision(source: Path, dtype: str | None, device: torch.device) -> torch.dtype:
+def _precision(source: Path, dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     # bf16 gains nothing on a model as small as the pocket, and fp32 repeats exactly.
     exact = dtype is None and device.type == "cpu" and hub.name_of(source) == hub.POCKET
     return pick_dtype("fp32" if exact else dtype, device)
 
 
 def _load(cls: Any, source: Path, configuration: Path, **options: Any) -> Any:
-    """A pipeline or a model of diffusers from a folder or a single file."""
+    """A pipeline or a network of diffusers or transformers from a folder or a single file."""
+    options["local_files_only"] = True
     if source.is_file():
         return cls.from_single_file(str(source), config=str(configuration), **options)
     return cls.from_pretrained(str(source), use_safetensors=True, **options)
+
+
+def _networks(folder: Path, precision: torch.dtype, but: Container[str]) -> dict[str, Any]:
+    """The networks that a diffusers folder's model_index.json names, `but` for some."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    classes = {
+        name: getattr(import_module(entry[0]), entry[1])
+        for name, entry in index.items()
+        if name not in but and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+    }
+    return {
+        name: _network(cls, name, folder / name, folder / name, precision)
+        for name, cls in classes.items()
+        if hasattr(cls, "named_parameters")
+    }
+
+
+def _network(cls: Any, part: str, source: Path, configuration: Path, precision: torch.dtype) -> Any:
+    """One network from a folder or a single file. Raises ValueError where it is not whole."""
+    if source.is_file():
+        network = _load(cls, source, configuration, torch_dtype=precision)
+        _check_whole(part, network)
+        return network
+    # What has another shape would otherwise end the loading, uncounted, in words of a library.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    network, report = _load(cls, source, configuration, torch_dtype=precision, **options)
+    _check_whole(part, network, report["missing_keys"], report["mismatched_keys"])
+    return network
+
+
+def _check_whole(
+    part: str,
+    network: Any,
+    missing: Iterable[str] = (),
+    misshapen: Iterable[Sequence[Any]] = (),
+) -> None:
+    """Raise ValueError, which names the part and how many, for tensors that were not loaded.
+
+    transformers goes on with random numbers in their place, diffusers leaves them on "meta".
+    """
+    names = [name for name, *_ in misshapen]
+    if names:
+        raise ValueError(f"{len(names)} tensors of the {part} have another shape: {names[0]}")
+    on_meta = {name for name, each in network.state_dict().items() if each.is_meta}
+    names = sorted({*missing, *on_meta})
+    if names:
+        raise ValueError(f"there is no {names[0]}: {len(names)} tensors of the {part} are missing")
+
+
+def _check_parts(pipe: StableDiffusionPipeline) -> None:
+    """Raise ValueError for parts that are not whole, or not made for each other."""
+    from families import networks_of
+
+    for name, network in networks_of(pipe).items():
+        _check_whole(name, network)
+    unet, text, words = pipe.unet.config, pipe.text_encoder.config, len(pipe.tokenizer)
+    for what, found, needed in (
+        ("channels of the VAE's latents", pipe.vae.config.latent_channels, unet.in_channels),
+        ("channels that the U-Net gives", unet.out_channels, unet.in_channels),
+        ("width of the text encoder's output", text.hidden_size, unet.cross_attention_dim),
+    ):
+        if found != needed:
+            raise ValueError(f"the {what} must be {needed}, got {found}")
+    if words > text.vocab_size:
+        raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
+from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
 from errors import InputError
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
@@ -247,9 +247,8 @@ class Painter:
         total = to_stop + to_the_end * compare
         if settings.rounds == 1:
             return total + evaluations(stop - settings.backsteps, end)
-        for number in range(1, settings.rounds + 1):
-            depth = cooled_depth(settings.backsteps, settings.cooling, number)
-            total += settings.candidates * evaluations(stop - depth, stop)
+        for depth, rounds in depths(settings.backsteps, settings.cooling, settings.rounds):
+            total += settings.candidates * rounds * evaluations(stop - depth, stop)
         # A picture that is left at the early look spares the way from there to `stoptime` (not with
         # `compare`, which paints it anyway); all candidates of one round may go it later.
         total += (settings.candidates - 1 + compare) * (to_stop - evaluations(0, early))
