@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import outputs
 Row = dict[str, Any]
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
+PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk, of which Pillow does not ask for the checksum
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
 
@@ -39,7 +41,7 @@ def finished(folder: Path) -> dict[int, Row]:
     What is lost or damaged is no finished cycle, so it is painted again; of several rows of a seed
     the last whole one counts.
     """
-    files = sorted(folder.glob("cycles*.jsonl"))
+    files = sorted(path for path in folder.glob("cycles*.jsonl") if path.is_file())
     rows = [row for file in files for row in outputs.read_json_lines(file) if is_whole(row)]
     return {row["seed"]: row for row in rows if has_pictures(folder, row["seed"])}
 
@@ -58,7 +60,7 @@ def has_pictures(folder: Path, seed: int) -> bool:
     """Whether both pictures of a cycle are there and sound."""
     try:
         files = [picture_file(folder, seed, name) for name in PICTURES]
-        return all(is_sound(file, file.stat().st_mtime_ns) for file in files)
+        return all(file.is_file() and is_sound(file, file.stat().st_mtime_ns) for file in files)
     except OSError:
         return False
 
@@ -67,11 +69,12 @@ def has_pictures(folder: Path, seed: int) -> bool:
 def is_sound(file: Path, modified: int) -> bool:
     """Whether a PNG, as of its last change, is complete and agrees with its checksums."""
     try:
-        with Image.open(file, formats=["PNG"]) as picture:
+        data = file.read_bytes()
+        with Image.open(BytesIO(data), formats=["PNG"]) as picture:
             picture.verify()
     except Exception:  # Pillow's own have no family: OSError, SyntaxError, a bomb's
         return False
-    return True
+    return data.endswith(PNG_END)
 
 
 def prepare(folder: Path) -> None:

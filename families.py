@@ -86,8 +86,10 @@ class Family(ABC):
         Raises InputError for a size that is no multiple of the VAE's factor.
         """
         config, factor = self.denoiser.config, self.pipe.vae_scale_factor
-        height = height or config.sample_size * factor
-        width = width or config.sample_size * factor
+        own = config.sample_size
+        if not (height and width) and not (isinstance(own, int) and own > 0):
+            raise InputError("height and width must be given: the model has no size of its own")
+        height, width = height or own * factor, width or own * factor
         if height % factor or width % factor:
             raise InputError(f"sizes must be multiples of {factor} pixels, got {width}x{height}")
         return 1, config.in_channels, height // factor, width // factor

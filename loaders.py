@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hub
-from errors import InputError, ModelError, ResourceError, TemperingError, one_line
+from errors import InputError, ModelError, TemperingError, memory_errors, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,6 @@ _A1111 = ("Euler", "DDIM", "PLMS", "DPM++ 2M", "Heun", "UniPC", "Euler a")
 SAMPLER_NAMES = dict(zip(SCHEDULERS, _A1111, strict=True))
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
-
-_OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
 
 
 def load_pipeline(
@@ -126,6 +124,7 @@ def load_clipseg(
         segmenter = transformers.CLIPSegForImageSegmentation
         clipseg = _network(segmenter, "CLIPSeg", source, source, precision)
         processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
+        _check_words(processor.tokenizer, clipseg.config.text_config)
     with memory_errors():
         return ClipSeg(clipseg.to(target).eval(), processor)
 
@@ -278,23 +277,31 @@ def _check_parts(pipe: StableDiffusionPipeline) -> None:
 
     for name, network in networks_of(pipe).items():
         _check_whole(name, network)
-    unet, text, words = pipe.unet.config, pipe.text_encoder.config, len(pipe.tokenizer)
+    unet, vae, text = pipe.unet.config, pipe.vae.config, pipe.text_encoder.config
     for what, found, needed in (
-        ("channels of the VAE's latents", pipe.vae.config.latent_channels, unet.in_channels),
+        ("channels of the VAE's latents", vae.latent_channels, unet.in_channels),
+        ("channels of the VAE's pictures", vae.out_channels, 3),
         ("channels that the U-Net gives", unet.out_channels, unet.in_channels),
         ("width of the text encoder's output", text.hidden_size, unet.cross_attention_dim),
     ):
         if found != needed:
             raise ValueError(f"the {what} must be {needed}, got {found}")
+    _check_words(pipe.tokenizer, text)
+
+
+def _check_words(tokenizer: Any, text: Any) -> None:
+    """Raise ValueError for a tokenizer that a text encoder of this configuration can not follow."""
+    words, length = len(tokenizer), tokenizer.model_max_length
     if words > text.vocab_size:
         raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
+    if not 2 < length <= text.max_position_embeddings:
+        takes = text.max_position_embeddings
+        raise ValueError(f"the tokenizer gives {length} tokens, the text encoder takes {takes}")
 
 
 @contextmanager
 def _loading(source: Path) -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    from safetensors import SafetensorError
-
     _quiet()
     # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
     # weights either.
@@ -306,25 +313,11 @@ def _loading(source: Path) -> Iterator[Any]:
             yield import_module("diffusers")
     except TemperingError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # each library has its own for a file that it does not like
         entry = hub.cache_entry(source)
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Any library's way of being out of memory becomes ResourceError; while loading or running."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY, str(error).lower()):
-            raise
-        raise ResourceError(
-            "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
-            "--dtype bf16 on a CPU, a smaller --height and --width"
-        ) from error
 
 
 def _quiet() -> None:

@@ -181,6 +181,8 @@ def append_json_line(path: Path, value: object) -> None:
     """
     line = _utf8(_json(_plain(value)) + "\n")
     with _disk_errors(path, "the lines before it are kept"):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is not a file")
         start = _unfinished(path)
         with path.open("ab") as file:
             if start is not None:
@@ -262,7 +264,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     found = []
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             found.append(json.loads(line.decode()))
     return [value for value in found if isinstance(value, dict)]
 

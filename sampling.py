@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 
-from errors import InputError
+from errors import InputError, blaming
 from families import Family, clean_and_noise
 from settings import Tempering
 
@@ -39,7 +39,7 @@ class Sampler:
         self.family = family
         self.settings = settings
         guided = settings.guidance_scale > 1  # as in diffusers' pipelines
-        with torch.no_grad():
+        with torch.no_grad(), blaming("the text encoder"):
             self.conditionings = family.encode(
                 prompts, settings.negative_prompt if guided else None
             )
@@ -85,7 +85,8 @@ class Sampler:
         given = self.conditionings
         conditioning = {name: torch.cat([each[name][rows] for each in given]) for name in given[0]}
         latents = torch.cat(inputs * len(given))
-        output = self.family.predict(latents, branches[0].timestep, conditioning)
+        with blaming("the denoiser"):
+            output = self.family.predict(latents, branches[0].timestep, conditioning)
         outputs = output.chunk(len(given))
         guided = self.guide(outputs, self.settings.guidance_scale)
         for i, (branch, x) in enumerate(zip(branches, inputs, strict=True)):
@@ -122,11 +123,13 @@ class Sampler:
         """Pictures of the last evaluations' x0, by the VAE or by the linear map."""
         x0 = torch.cat([self.prediction(branch, guidance_scale)[0] for branch in branches])
         by_vae = self.settings.preview == "vae"
-        return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
+        with blaming("the VAE"):
+            return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
 
     def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
         """The pictures of branches that are denoised to the end."""
-        return self.family.decode(torch.cat([branch.latents for branch in branches]))
+        with blaming("the VAE"):
+            return self.family.decode(torch.cat([branch.latents for branch in branches]))
 
     def noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype) -> Tensor:
         """Noise of unit variance."""
@@ -140,11 +143,12 @@ class Sampler:
     def branch(self, row: int, step: int, generator: Generator) -> Branch:
         """A branch of picture `row` of the batch from `step` on; its latents are to be set."""
         own = self.family.pipe.scheduler
-        scheduler = type(own).from_config(own.config)
-        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
-            raise InputError("PNDM must be used with skip_prk_steps=True, got False")
-        scheduler.set_timesteps(self.settings.steps, device=self.family.device)
-        return Branch(scheduler, row, step, generator)
+        with blaming("the scheduler"):
+            scheduler = type(own).from_config(own.config)
+            if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
+                raise InputError("PNDM must be used with skip_prk_steps=True, got False")
+            scheduler.set_timesteps(self.settings.steps, device=self.family.device)
+            return Branch(scheduler, row, step, generator)
 
 
 class Branch:
@@ -194,9 +198,10 @@ class Branch:
     def step(self, x: Tensor, outputs: Sequence[Tensor], guided: Tensor) -> None:
         """One scheduler step by `guided`, which guidance has made of the `outputs` for `x`."""
         self._last = x, outputs
-        self.latents = self.scheduler.step(
-            guided, self.timestep, self.latents, **self._options, return_dict=False
-        )[0]
+        with blaming("the scheduler"):
+            self.latents = self.scheduler.step(
+                guided, self.timestep, self.latents, **self._options, return_dict=False
+            )[0]
         self.evaluations += 1
 
     def clean_and_noise(self, output: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import outputs
+from errors import blaming
 from hub import POCKET
 from loaders import (
     SAMPLER_NAMES,
@@ -141,8 +142,9 @@ def open_session(request: Request, device: str | None = None) -> Session:
         clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
     )
     texts = [request.prompt, request.settings.negative_prompt]
-    warn_of_cuts("Stable Diffusion", pipe.tokenizer, texts)
-    warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, request.prompts)
+    with blaming("a tokenizer"):
+        warn_of_cuts("Stable Diffusion", pipe.tokenizer, texts)
+        warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, request.prompts)
     painter = Painter(pipe, clipseg, [request.prompts], request.settings)
     return Session(
         request=request,
