@@ -19,7 +19,7 @@ from errors import InputError, ModelError, TemperingError, memory_errors, one_li
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     from segmentation import ClipSeg
 
@@ -33,9 +33,19 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {"clip_sample": False}),
 }
-_A1111 = ("Euler", "DDIM", "PLMS", "DPM++ 2M", "Heun", "UniPC", "Euler a")
+_A1111 = ("Euler", "DDIM", "PLMS", "DPM++ 2M", "Heun", "UniPC", "Euler a", "LCM")
 SAMPLER_NAMES = dict(zip(SCHEDULERS, _A1111, strict=True))
+# The same for models of flows (Stable Diffusion 3), as far as there is one, and what diffusers
+# calls the shift of the schedule there.
+_ON_FLOWS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}, "shift"),
+    "dpm++ 2m": ("DPMSolverMultistepScheduler", _ON_FLOWS, "flow_shift"),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}, "shift"),
+    "unipc": ("UniPCMultistepScheduler", _ON_FLOWS, "flow_shift"),
+}
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
@@ -129,10 +139,19 @@ def load_clipseg(
         return ClipSeg(clipseg.to(target).eval(), processor)
 
 
-def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
-    """Give the pipeline the scheduler of that name in SCHEDULERS, with its model's own schedule."""
-    class_name, settings = SCHEDULERS[scheduler_name(name)]
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Give the pipeline the scheduler of that name, with its model's own schedule.
+
+    Raises InputError for one that there is not for the model's kind of schedule.
+    """
+    from sampling import FLOW, prediction_type
+
     config = pipe.scheduler.config
+    if prediction_type(pipe.scheduler) == FLOW:
+        class_name, settings, shift = FLOW_SCHEDULERS[scheduler_name(name, on_flows=True)]
+        settings = {**settings, shift: config.get("shift", config.get("flow_shift", 1.0))}
+    else:
+        class_name, settings = SCHEDULERS[scheduler_name(name)]
     # diffusers drops what another scheduler's config holds by default only: then ours counts.
     own = config.keys() - set(config.get("_use_default_values", ()))
     missing = {key: value for key, value in settings.items() if key not in own}
@@ -151,12 +170,17 @@ def clipseg_for(model: str | StableDiffusionPipeline) -> str:
     return hub.POCKET if name == hub.POCKET else hub.CLIPSEG
 
 
-def scheduler_name(text: str) -> str:
-    """The name in SCHEDULERS that `text` means, in any usual spelling, AUTOMATIC1111's too."""
-    for name, sampler in SAMPLER_NAMES.items():
-        if _squash(text) in (_squash(name), _squash(sampler)):
+def scheduler_name(text: str, *, on_flows: bool = False) -> str:
+    """The name in SCHEDULERS that `text` means, in any usual spelling, AUTOMATIC1111's too.
+
+    Raises InputError for none, and for one that there is not `on_flows`, where that matters.
+    """
+    known = [name for name in SCHEDULERS if not on_flows or name in FLOW_SCHEDULERS]
+    for name in known:
+        if _squash(text) in (_squash(name), _squash(SAMPLER_NAMES[name])):
             return name
-    raise InputError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {text!r}")
+    where = " with Stable Diffusion 3" if on_flows else ""
+    raise InputError(f"--scheduler must be one of {', '.join(known)}{where}, got {text!r}")
 
 
 def _squash(text: str) -> str:

@@ -127,9 +127,9 @@ class Painter:
             )
         self.pipe = pipe
         self.clipseg = clipseg
-        self.settings = settings
         joined = [settings.joiner.join(each) for each in prompts]
         self.sampler = Sampler(family_of(pipe), joined, settings)
+        self.settings = self.sampler.settings  # complete: with what belongs to the family
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 

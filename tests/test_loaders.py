@@ -40,7 +40,7 @@ REPOSITORY = Path(loaders.__file__).parent
 PAINTER = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 SEGMENTER = REPOSITORY / "pocket" / "weights" / "clipseg"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral"
+SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral, lcm"
 
 
 @pytest.fixture(scope="module")
