@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and its seed
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
+PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk, of which Pillow does not ask for the checksum
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
 
@@ -95,7 +97,8 @@ def suffix(rank: int) -> str:
 
 def _files(folder: Path, stem: str) -> Iterable[Path]:
     """The files of all ranks."""
-    return sorted([*folder.glob(f"{stem}.jsonl"), *folder.glob(f"{stem}-[0-9]*.jsonl")])
+    found = [*folder.glob(f"{stem}.jsonl"), *folder.glob(f"{stem}-[0-9]*.jsonl")]
+    return sorted(path for path in found if path.is_file())
 
 
 def key_of(row: Row) -> Key:
@@ -119,13 +122,14 @@ def is_whole(row: Row) -> bool:
 
 
 def is_sound(file: Path) -> bool:
-    """Whether a PNG is complete and agrees with its checksums."""
+    """Whether a PNG is complete and agrees with its checksums; a pipe is not even opened."""
     try:
-        with Image.open(file, formats=["PNG"]) as picture:
+        data = file.read_bytes() if file.is_file() else b""
+        with Image.open(BytesIO(data), formats=["PNG"]) as picture:
             picture.verify()
     except Exception:  # Pillow's own have no family: OSError, SyntaxError, a bomb's
         return False
-    return True
+    return data.endswith(PNG_END)
 
 
 def prepare(folder: Path) -> None:

@@ -11,9 +11,19 @@ from tqdm import tqdm
 
 import outputs
 from cycles import PICTURES, Key, Records, Row
-from errors import InputError
+from errors import InputError, blaming
 from hub import POCKET
-from judges import FAULTS, Calibration, Judge, Verdict, calibrate, check_pocket, subject_of, verdict
+from judges import (
+    FAULTS,
+    Calibration,
+    Judge,
+    Notes,
+    Verdict,
+    calibrate,
+    check_pocket,
+    subject_of,
+    verdict,
+)
 from prompts import Prompt
 from settings import NOBODY
 
@@ -93,19 +103,19 @@ def _rows(
     judge: Judge, records: Records, work: Sequence[Key], alone: Sequence[Single]
 ) -> Iterator[Row]:
     for single in alone:
-        notes = judge.see(_opened(single.file), single.prompt)
+        notes = _seen(judge, single.file, single.prompt)
         yield {"single": single.noun, "seed": single.seed, "notes": notes}
     for key in work:
         prompt = records.prompt(key)
-        seen = {
-            name: judge.see(_opened(records.picture_file(key, name)), prompt) for name in PICTURES
-        }
+        seen = {name: _seen(judge, records.picture_file(key, name), prompt) for name in PICTURES}
         yield {"prompt": key[0], "seed": key[1], **seen}
 
 
-def _opened(file: Path) -> Image.Image:
+def _seen(judge: Judge, file: Path, prompt: Prompt) -> Notes:
     with Image.open(file, formats=["PNG"]) as picture:
-        return picture.convert("RGB")
+        image = picture.convert("RGB")
+    with blaming(f"the judge {judge.name}"):
+        return judge.see(image, prompt)
 
 
 def noted(records: Records, judge: str) -> dict[NoteKey, Row]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hub
-from errors import InputError, ModelError, ResourceError, TemperingError, one_line
+from errors import InputError, ModelError, TemperingError, memory_errors, one_line
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     from judges import Eye, Judge
     from prompts import Prompt
@@ -35,13 +35,21 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {"clip_sample": False}),
 }
-_A1111 = ("Euler", "DDIM", "PLMS", "DPM++ 2M", "Heun", "UniPC", "Euler a")
+_A1111 = ("Euler", "DDIM", "PLMS", "DPM++ 2M", "Heun", "UniPC", "Euler a", "LCM")
 SAMPLER_NAMES = dict(zip(SCHEDULERS, _A1111, strict=True))
+# The same for models of flows (Stable Diffusion 3), as far as there is one, and what diffusers
+# calls the shift of the schedule there.
+_ON_FLOWS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}, "shift"),
+    "dpm++ 2m": ("DPMSolverMultistepScheduler", _ON_FLOWS, "flow_shift"),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}, "shift"),
+    "unipc": ("UniPCMultistepScheduler", _ON_FLOWS, "flow_shift"),
+}
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
-
-_OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
 
 
 def load_pipeline(
@@ -128,6 +136,7 @@ def load_clipseg(
         segmenter = transformers.CLIPSegForImageSegmentation
         clipseg = _network(segmenter, "CLIPSeg", source, source, precision)
         processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
+        _check_words(processor.tokenizer, clipseg.config.text_config)
     with memory_errors():
         return ClipSeg(clipseg.to(target).eval(), processor)
 
@@ -169,14 +178,24 @@ def _eye(repo: str, class_name: str, device: torch.device, offline: bool) -> Eye
         model = getattr(transformers, class_name)
         network = _network(model, class_name, source, source, torch.float32)
         processor = transformers.AutoProcessor.from_pretrained(source, local_files_only=True)
+        _check_words(processor.tokenizer, network.config.text_config)
     with memory_errors():
         return Eye(network.to(device).eval(), processor)
 
 
-def set_scheduler(pipe: StableDiffusionPipeline, name: str) -> None:
-    """Give the pipeline the scheduler of that name in SCHEDULERS, with its model's own schedule."""
-    class_name, settings = SCHEDULERS[scheduler_name(name)]
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Give the pipeline the scheduler of that name, with its model's own schedule.
+
+    Raises InputError for one that there is not for the model's kind of schedule.
+    """
+    from sampling import FLOW, prediction_type
+
     config = pipe.scheduler.config
+    if prediction_type(pipe.scheduler) == FLOW:
+        class_name, settings, shift = FLOW_SCHEDULERS[scheduler_name(name, on_flows=True)]
+        settings = {**settings, shift: config.get("shift", config.get("flow_shift", 1.0))}
+    else:
+        class_name, settings = SCHEDULERS[scheduler_name(name)]
     # diffusers drops what another scheduler's config holds by default only: then ours counts.
     own = config.keys() - set(config.get("_use_default_values", ()))
     missing = {key: value for key, value in settings.items() if key not in own}
@@ -195,12 +214,17 @@ def clipseg_for(model: str | StableDiffusionPipeline) -> str:
     return hub.POCKET if name == hub.POCKET else hub.CLIPSEG
 
 
-def scheduler_name(text: str) -> str:
-    """The name in SCHEDULERS that `text` means, in any usual spelling, AUTOMATIC1111's too."""
-    for name, sampler in SAMPLER_NAMES.items():
-        if _squash(text) in (_squash(name), _squash(sampler)):
+def scheduler_name(text: str, *, on_flows: bool = False) -> str:
+    """The name in SCHEDULERS that `text` means, in any usual spelling, AUTOMATIC1111's too.
+
+    Raises InputError for none, and for one that there is not `on_flows`, where that matters.
+    """
+    known = [name for name in SCHEDULERS if not on_flows or name in FLOW_SCHEDULERS]
+    for name in known:
+        if _squash(text) in (_squash(name), _squash(SAMPLER_NAMES[name])):
             return name
-    raise InputError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, got {text!r}")
+    where = " with Stable Diffusion 3" if on_flows else ""
+    raise InputError(f"--scheduler must be one of {', '.join(known)}{where}, got {text!r}")
 
 
 def _squash(text: str) -> str:
@@ -321,23 +345,31 @@ def _check_parts(pipe: StableDiffusionPipeline) -> None:
 
     for name, network in networks_of(pipe).items():
         _check_whole(name, network)
-    unet, text, words = pipe.unet.config, pipe.text_encoder.config, len(pipe.tokenizer)
+    unet, vae, text = pipe.unet.config, pipe.vae.config, pipe.text_encoder.config
     for what, found, needed in (
-        ("channels of the VAE's latents", pipe.vae.config.latent_channels, unet.in_channels),
+        ("channels of the VAE's latents", vae.latent_channels, unet.in_channels),
+        ("channels of the VAE's pictures", vae.out_channels, 3),
         ("channels that the U-Net gives", unet.out_channels, unet.in_channels),
         ("width of the text encoder's output", text.hidden_size, unet.cross_attention_dim),
     ):
         if found != needed:
             raise ValueError(f"the {what} must be {needed}, got {found}")
+    _check_words(pipe.tokenizer, text)
+
+
+def _check_words(tokenizer: Any, text: Any) -> None:
+    """Raise ValueError for a tokenizer that a text encoder of this configuration can not follow."""
+    words, length = len(tokenizer), tokenizer.model_max_length
     if words > text.vocab_size:
         raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
+    if not 2 < length <= text.max_position_embeddings:
+        takes = text.max_position_embeddings
+        raise ValueError(f"the tokenizer gives {length} tokens, the text encoder takes {takes}")
 
 
 @contextmanager
 def _loading(source: Path) -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    from safetensors import SafetensorError
-
     _quiet()
     # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
     # weights either.
@@ -349,25 +381,11 @@ def _loading(source: Path) -> Iterator[Any]:
             yield import_module("diffusers")
     except TemperingError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # each library has its own for a file that it does not like
         entry = hub.cache_entry(source)
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Any library's way of being out of memory becomes ResourceError; while loading or running."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY, str(error).lower()):
-            raise
-        raise ResourceError(
-            "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
-            "--dtype bf16 on a CPU, a smaller --height and --width"
-        ) from error
 
 
 def _quiet() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import hub
 import loaders
 import prompts
-from errors import InputError, TemperingError
+from errors import InputError, TemperingError, memory_errors
 from outputs import check_writable, read_json
 from settings import (
     DEFAULT_STEPS,
@@ -245,7 +245,7 @@ def run(words: Sequence[str]) -> None:
             f"{error.name} is not installed in this Python: start with `python init.py` and the "
             "same flags, or activate .venv"
         ) from error
-    with loaders.memory_errors():
+    with memory_errors():
         flow_module.run(request)
 
 
@@ -338,7 +338,11 @@ def resumed_arguments(folder: Path, given: Arguments) -> Arguments:
     try:
         stored = stored_arguments(folder / "run.json")
     except InputError as error:
-        if not any(folder.glob("cycles*.jsonl")):
+        try:
+            worth = any(folder.glob("cycles*.jsonl"))
+        except OSError:  # a name that no folder can have
+            worth = False
+        if not worth:
             raise
         if "evaluate" in given:
             return {}

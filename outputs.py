@@ -193,6 +193,8 @@ def append_json_line(path: Path, value: object) -> None:
     """
     line = _utf8(_json(_plain(value)) + "\n")
     with _disk_errors(path, "the lines before it are kept"):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is not a file")
         start = _unfinished(path)
         with path.open("ab") as file:
             if start is not None:
@@ -291,7 +293,7 @@ def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     value = json.loads(line)
                     if isinstance(value, dict):
                         yield value

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 import outputs
 from cycles import Key, Records, Row
-from errors import ResourceError
-from loaders import memory_errors
+from errors import ResourceError, memory_errors
 from metrics import picture_metrics
 from session import Session
 from tempering import Painter, Result, View

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 
-from errors import InputError
+from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
 from settings import Tempering
 
 Progress = Callable[[int], object]  # is called with the number of denoiser calls just made
+FLOW = "flow_prediction"  # a prediction type, and the schedule that goes with it
 
 
 def unheard(calls: int) -> None:
@@ -36,12 +39,13 @@ class Sampler:
     """
 
     def __init__(self, family: Family, prompts: Sequence[str], settings: Tempering) -> None:
+        if settings.guidance_scale is None:
+            settings = replace(settings, guidance_scale=family.guidance_scale)
         self.family = family
         self.settings = settings
-        guided = settings.guidance_scale > 1  # as in diffusers' pipelines
-        with torch.no_grad():
+        with torch.no_grad(), blaming("the text encoder"):
             self.conditionings = family.encode(
-                prompts, settings.negative_prompt if guided else None
+                prompts, settings.negative_prompt, settings.guidance_scale
             )
 
     def start(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> list[Branch]:
@@ -57,12 +61,11 @@ class Sampler:
                 f"a batch must have {len(rows)} seed{'s' * (len(rows) > 1)}, one a list of "
                 f"prompts, got {len(seeds)}"
             )
-        shape = self.family.latents_shape(self.settings.height, self.settings.width)
         branches = []
         for row, seed in zip(rows, seeds, strict=True):
             branch = self.branch(row, 0, Generator().manual_seed(seed))
-            noise = self.noise(shape, branch.generator, embeddings.dtype)
-            branch.latents = noise * branch.scheduler.init_noise_sigma
+            noise = self.noise(self.shape, branch.generator, embeddings.dtype)
+            branch.latents = noise * getattr(branch.scheduler, "init_noise_sigma", 1)
             branches.append(branch)
         return branches
 
@@ -85,7 +88,8 @@ class Sampler:
         given = self.conditionings
         conditioning = {name: torch.cat([each[name][rows] for each in given]) for name in given[0]}
         latents = torch.cat(inputs * len(given))
-        output = self.family.predict(latents, branches[0].timestep, conditioning)
+        with blaming("the denoiser"):
+            output = self.family.predict(latents, branches[0].timestep, conditioning)
         outputs = output.chunk(len(given))
         guided = self.guide(outputs, self.settings.guidance_scale)
         for i, (branch, x) in enumerate(zip(branches, inputs, strict=True)):
@@ -114,24 +118,32 @@ class Sampler:
         if not len(back.timesteps):  # no step is undone: there is no noise left
             back.latents = branch.latents
             return back
-        latents = back.scheduler.add_noise(x0, noise, back.timesteps[:1])
-        back.latents = latents.to(branch.latents.dtype)
+        back.latents = noised(back.scheduler, x0, noise, back.timesteps[:1]).to(
+            branch.latents.dtype
+        )
         return back
 
     def preview(self, branches: Sequence[Branch], guidance_scale: float) -> list[Image.Image]:
         """Pictures of the last evaluations' x0, by the VAE or by the linear map."""
         x0 = torch.cat([self.prediction(branch, guidance_scale)[0] for branch in branches])
         by_vae = self.settings.preview == "vae"
-        return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
+        with blaming("the VAE"):
+            return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
 
     def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
         """The pictures of branches that are denoised to the end."""
-        return self.family.decode(torch.cat([branch.latents for branch in branches]))
+        with blaming("the VAE"):
+            return self.family.decode(torch.cat([branch.latents for branch in branches]))
 
     def noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype) -> Tensor:
         """Noise of unit variance."""
         device = self.family.device
         return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The latents' shape of one picture, (1, channels, h, w)."""
+        return self.family.latents_shape(self.settings.height, self.settings.width)
 
     def evaluations(self, first: int, until: int) -> int:
         """How many evaluations take a branch from step `first` to step `until`."""
@@ -139,12 +151,27 @@ class Sampler:
 
     def branch(self, row: int, step: int, generator: Generator) -> Branch:
         """A branch of picture `row` of the batch from `step` on; its latents are to be set."""
+        return Branch(self.schedule(), row, step, generator)
+
+    def schedule(self) -> Any:
+        """A fresh scheduler of the pipeline's class and settings, with the run's timesteps."""
         own = self.family.pipe.scheduler
-        scheduler = type(own).from_config(own.config)
-        if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
-            raise InputError("PNDM must be used with skip_prk_steps=True, got False")
-        scheduler.set_timesteps(self.settings.steps, device=self.family.device)
-        return Branch(scheduler, row, step, generator)
+        with blaming("the scheduler"):
+            scheduler = type(own).from_config(own.config)
+            name, config, steps = type(own).__name__, scheduler.config, self.settings.steps
+            if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps:
+                raise InputError("PNDM must be used with skip_prk_steps=True, got False")
+            if "sigma_data" in config:  # x is scaled in another way, which no family's models know
+                raise InputError(f"the scheduler must not be one of EDM, got {name}")
+            options = {}
+            if config.get("use_dynamic_shifting"):
+                options["mu"] = self.family.shift(config, self.shape)
+            try:
+                scheduler.set_timesteps(steps, device=self.family.device, **options)
+            except ValueError as error:
+                text = f"steps must be a number that {name} can take, got {steps}"
+                raise InputError(f"{text} ({one_line(error)})") from error
+            return scheduler
 
 
 class Branch:
@@ -189,28 +216,33 @@ class Branch:
 
     def x(self) -> Tensor:
         """The latents as the denoiser takes them at the timestep to come."""
+        if not hasattr(self.scheduler, "scale_model_input"):  # schedulers made for flows
+            return self.latents
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def step(self, x: Tensor, outputs: Sequence[Tensor], guided: Tensor) -> None:
         """One scheduler step by `guided`, which guidance has made of the `outputs` for `x`."""
         self._last = x, outputs
-        self.latents = self.scheduler.step(
-            guided, self.timestep, self.latents, **self._options, return_dict=False
-        )[0]
+        with blaming("the scheduler"):
+            self.latents = self.scheduler.step(
+                guided, self.timestep, self.latents, **self._options, return_dict=False
+            )[0]
         self.evaluations += 1
 
     def clean_and_noise(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """x0 and eps, float32, if `output` is the denoiser's at the last evaluation."""
-        kind = self.scheduler.config.prediction_type
+        kind = prediction_type(self.scheduler)
         return clean_and_noise(kind, self.last[0], output, *self._signal_and_noise())
 
     def _signal_and_noise(self) -> tuple[float, float]:
         """alpha and sigma at the last evaluation."""
         done = self.evaluations - 1
         if hasattr(self.scheduler, "sigmas"):
-            ratio = float(self.scheduler.sigmas[self._first + done])  # sigma / alpha
-            alpha = (1 + ratio**2) ** -0.5
-            return alpha, ratio * alpha
+            level = float(self.scheduler.sigmas[self._first + done])
+            if prediction_type(self.scheduler) == FLOW:
+                return 1 - level, level
+            alpha = (1 + level**2) ** -0.5  # there sigmas are sigma / alpha
+            return alpha, level * alpha
         alpha_squared = float(self.scheduler.alphas_cumprod[int(self._host_timesteps[done])])
         return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
 
@@ -220,6 +252,18 @@ class Branch:
         if isinstance(self.scheduler, PNDMScheduler):
             steps += steps > 0  # its first step takes two evaluations
         return min(steps * self.scheduler.order, len(self.timesteps))
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the scheduler takes the denoiser's output for; those made for flows need not say it."""
+    return scheduler.config.get("prediction_type", FLOW)
+
+
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """x at a fresh `scheduler`'s `timestep` (1,), at which it begins: alpha x0 + sigma noise."""
+    if hasattr(scheduler, "scale_noise"):  # made for flows
+        return scheduler.scale_noise(x0, timestep, noise)
+    return scheduler.add_noise(x0, noise, timestep)
 
 
 def timesteps_from(scheduler: Any, first: int) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import outputs
+from errors import blaming
+from families import Reader, family_of
 from hub import POCKET
 from loaders import (
     SAMPLER_NAMES,
@@ -25,8 +27,10 @@ from settings import VERSION, Request
 from tempering import Painter
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from PIL.Image import Image
+
+    from segmentation import ClipSeg
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy")
 # The settings that a tempered picture's text names; the second ones mean something in rounds only.
@@ -54,7 +58,7 @@ class Session:
     notice: str | None  # why another model than the default runs
 
     @property
-    def pipe(self) -> StableDiffusionPipeline:
+    def pipe(self) -> DiffusionPipeline:
         return self.painter.pipe
 
     @property
@@ -72,7 +76,7 @@ class Session:
         `name` is "plain", "tempered", or what else it shows of the way to the tempered picture
         `image`; `prompt` is its text, where it is not that of the request.
         """
-        settings = self.request.settings
+        settings = self.painter.settings
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
         method = {f"Tempering {key}": getattr(settings, key) for key in names}
         return outputs.parameters_text(
@@ -98,6 +102,7 @@ class Session:
         return {
             "arguments": {
                 **self.request.arguments,
+                "guidance_scale": self.painter.settings.guidance_scale,
                 # A repetition uses what ran, wherever it is started.
                 "model": lasting(models.model) or self.model,
                 "clipseg": lasting(models.clipseg) or self.clipseg,
@@ -145,10 +150,8 @@ def open_session(request: Request, device: str | None = None) -> Session:
     clipseg = load_clipseg(
         clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
     )
-    texts = [*(each.text for each in request.all_prompts), request.settings.negative_prompt]
-    subjects = dict.fromkeys(subject for each in request.all_prompts for subject in each.subjects)
-    warn_of_cuts("Stable Diffusion", pipe.tokenizer, texts)
-    warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, list(subjects))
+    with blaming("a tokenizer"):
+        warn_of_cuts(pipe, clipseg, request)
     painter = Painter(pipe, clipseg, [request.prompts], request.settings)
     return Session(
         request=request,
@@ -171,15 +174,26 @@ def shown(name: str) -> str:
     return path.name if name != POCKET and path.exists() else name
 
 
-def warn_of_cuts(model: str, tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Say which words of `prompts` are over the length that `model` reads and have no effect."""
-    limit = tokenizer.model_max_length
+def warn_of_cuts(pipe: DiffusionPipeline, clipseg: ClipSeg, request: Request) -> None:
+    """Say what of the prompts has no effect; once where two text encoders cut the same."""
+    texts = [*(each.text for each in request.all_prompts), request.settings.negative_prompt]
+    found = [cut for reader in family_of(pipe).readers for cut in cuts(reader, texts)]
+    tokenizer = clipseg.processor.tokenizer
+    looking = Reader("CLIPSeg", tokenizer, tokenizer.model_max_length)
+    subjects = dict.fromkeys(subject for each in request.all_prompts for subject in each.subjects)
+    for cut in dict.fromkeys([*found, *cuts(looking, list(subjects))]):
+        say(f"warning: {cut}")
+
+
+def cuts(reader: Reader, prompts: Sequence[str]) -> Iterator[str]:
+    """Which words of `prompts` are over the length that is read, and have no effect there."""
+    name, tokenizer, limit = reader
     for prompt in prompts:
         ids = tokenizer(prompt).input_ids
         if len(ids) > limit:
             cut = tokenizer.decode(ids[limit - 1 : -1])
-            say(
-                f"warning: {model} reads {limit} tokens, this prompt has {len(ids)}; "
+            yield (
+                f"{name} reads {limit} tokens, this prompt has {len(ids)}; "
                 f"without effect: {textwrap.shorten(cut, LONGEST_CUT)!r}"
             )
 

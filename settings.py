@@ -30,6 +30,8 @@ DEFAULT_STEPS = 20
 DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
 # The default of these: it follows from the steps. Typed as the number that it becomes.
 IN_PROPORTION: Any = None
+# The default of what belongs to the model's family. Typed as what it becomes once that is known.
+OF_THE_FAMILY: Any = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Tempering:
     candidates: int = 1  # with rounds: pictures a round, of which the best is proposed
     uncertainty: str = "class"  # what gamma follows: a class's uncertainty, or each pixel's own
     background: float = 1.0  # uncertainty of unclassified pixels, in the worst class's, 0..1
-    guidance_scale: float = 7.5  # classifier-free guidance (Ho & Salimans 2022); <= 1 is none
+    # Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1 or less is none.
+    guidance_scale: float = OF_THE_FAMILY
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
@@ -77,7 +80,8 @@ class Tempering:
         _whole("candidates", self.candidates, 1, None)
         _choice("uncertainty", self.uncertainty, UNCERTAINTIES)
         _real("background", self.background, 0, 1)
-        _real("guidance_scale", self.guidance_scale, 0, math.inf)
+        if self.guidance_scale is not OF_THE_FAMILY:
+            _real("guidance_scale", self.guidance_scale, 0, math.inf)
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
         _choice("preview", self.preview, PREVIEWS)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
-from errors import InputError
+from errors import InputError, blaming
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
 from segmentation import ClipSeg, View, embed_prompts, segment, view_of
@@ -141,10 +141,11 @@ class Painter:
             )
         self.pipe = pipe
         self.clipseg = clipseg
-        self.settings = settings
         joined = [settings.joiner.join(each) for each in prompts]
         self.sampler = Sampler(family_of(pipe), joined, settings)
-        self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
+        self.settings = self.sampler.settings  # complete: with what belongs to the family
+        with blaming("CLIPSeg"):
+            self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 
     @torch.no_grad()
     def temper(
@@ -301,7 +302,8 @@ class Painter:
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
         """CLIPSeg's view of each image; `rows` says whose prompts (default: of all B in order)."""
         embeddings = self.embeddings if rows is None else self.embeddings[list(rows)]
-        found = segment(self.clipseg, images, embeddings)
+        with blaming("CLIPSeg"):
+            found = segment(self.clipseg, images, embeddings)
         return [
             view_of(image, probabilities, self.settings.threshold)
             for image, probabilities in zip(images, found, strict=True)

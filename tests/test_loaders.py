@@ -17,7 +17,7 @@ from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
 from safetensors.torch import load_file, save_file
 
 import loaders
-from errors import InputError, ModelError, ResourceError
+from errors import InputError, ModelError, ResourceError, memory_errors
 from hub import CLIPSEG, POCKET, STABLE_DIFFUSION, resolve
 from loaders import (
     SAMPLER_NAMES,
@@ -25,7 +25,6 @@ from loaders import (
     clipseg_for,
     load_clipseg,
     load_pipeline,
-    memory_errors,
     model_name,
     pick_device,
     pick_dtype,
@@ -41,7 +40,7 @@ REPOSITORY = Path(loaders.__file__).parent
 PAINTER = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 SEGMENTER = REPOSITORY / "pocket" / "weights" / "clipseg"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral"
+SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral, lcm"
 
 
 @pytest.fixture(scope="module")

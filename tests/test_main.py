@@ -327,7 +327,9 @@ def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_pa
     done = subprocess.run(
         [sys.executable, "main.py", *words], cwd=REPOSITORY, capture_output=True, text=True
     )
-    warning = "Stable Diffusion reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
+    warning = (
+        "Stable Diffusion's CLIP reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
+    )
     assert (done.returncode, done.stderr) == (0, f"warning: {warning}\n")
 
 
