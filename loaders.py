@@ -5,16 +5,21 @@ Nothing heavy is imported before it is needed. What a name means, hub.py knows.
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hub
+import loras
 from errors import InputError, ModelError, ResourceError, TemperingError, one_line
+from kinds import MODEL, SEGMENTER, VAE, Layout, layout_of, shapes_of
+from loras import Lora, parts_of
+from settings import PREDICTION_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +51,14 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unipc": ("UniPCMultistepScheduler", _ON_FLOWS, "flow_shift"),
 }
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+# Arguments of diffusers' pipelines, as far as they know them, for a picture that is left as it is.
+UNWANTED = {
+    "safety_checker": None,
+    "requires_safety_checker": False,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "add_watermarker": False,
+}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
 _OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
@@ -55,24 +68,37 @@ def load_pipeline(
     model: str | None = None,
     *,
     vae: str | None = None,
-    scheduler: str = "euler",
+    lora: Sequence[str] = (),
+    t5: bool = True,
+    scheduler: str | None = None,
+    prediction_type: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     offload: str | None = None,
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
-) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline, ready on its device; it has no safety checker.
+) -> DiffusionPipeline:
+    """A pipeline of a family of Stable Diffusion, ready on its device; it has no safety checker.
 
     `model` None is Stable Diffusion v1-4, or, where it can neither be fetched nor found in the
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
-    Raises InputError before anything is loaded, ModelError and ResourceError after.
+    Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
+    leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
+    `prediction_type` None is what the model itself says. Raises InputError before anything is
+    loaded, ModelError and ResourceError after.
     """
-    scheduler_name(scheduler)
+    kind = MODEL if t5 else MODEL.bare
+    if scheduler is not None:
+        scheduler_name(scheduler)
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        names = ", ".join(PREDICTION_TYPES)
+        raise InputError(f"--prediction_type must be one of {names}, got {prediction_type!r}")
     if model is not None:
-        hub.check(model, hub.MODEL)
+        hub.check(model, kind)
     if vae is not None:
-        hub.check(vae, hub.VAE)
+        hub.check(vae, VAE)
+    for each in lora:
+        loras.check(each)
     target = pick_device(device)
     pick_dtype(dtype, target)
     if offload is not None and offload not in OFFLOADS:
@@ -80,26 +106,23 @@ def load_pipeline(
     if offload is not None and target.type == "cpu":
         raise InputError(f"--offload needs a GPU, but this run is on the cpu, got {offload!r}")
 
-    source = hub.resolve(model, offline=offline, notice=notice)
-    precision = _precision(source, dtype, target)
-    configuration = source
-    if source.is_file():
-        configuration = hub.fetch(hub.STABLE_DIFFUSION, hub.CONFIGURATION, offline)
-    options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
-    parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    if vae is not None:
-        vae_source = hub.locate(vae, hub.VAE, offline)
-        with _loading(vae_source) as diffusers:
-            autoencoder = diffusers.AutoencoderKL
-            parts["vae"] = _load(autoencoder, vae_source, configuration / "vae", **options)
-    with _loading(source) as diffusers:
-        options |= {**parts, "requires_safety_checker": False}
-        pipe = _load(diffusers.StableDiffusionPipeline, source, configuration, **options)
-        pipe.register_to_config(_name_or_path=str(source))
-        latents, taken = pipe.vae.config.latent_channels, pipe.unet.config.in_channels
-        if latents != taken:
-            raise ValueError(f"the VAE's latents have {latents} channels, the U-Net takes {taken}")
-        set_scheduler(pipe, scheduler)
+    def admit(layout: Layout) -> None:
+        if scheduler is not None:
+            scheduler_name(scheduler, on_flows=layout.on_flows)
+        if prediction_type is not None and layout.on_flows:
+            text = "--prediction_type must not be given with Stable Diffusion 3"
+            raise InputError(f"{text}, got {prediction_type!r}")
+
+    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
+    layout = layout_of(source, kind)
+    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
+    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
+    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
+    precision = _precision(source, dtype, target, layout.on_flows)
+    pipe = _pipeline(source, layout, configuration, vae_source, precision)
+    pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
+    set_scheduler(pipe, scheduler or default_scheduler(pipe))
+    add_loras(pipe, found_loras)
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
         if offload is None:
@@ -108,6 +131,86 @@ def load_pipeline(
         pipe.vae.enable_tiling()
         getattr(pipe, OFFLOADS[offload])(device=target)
         return pipe
+
+
+def _pipeline(
+    source: Path, layout: Layout, configuration: Path, vae: Path | None, precision: torch.dtype
+) -> DiffusionPipeline:
+    """The pipeline of a folder or a single file, on the CPU, as it is configured."""
+    options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
+    parts: dict[str, Any] = {}
+    if vae is not None:
+        with _loading(vae) as diffusers:
+            parts["vae"] = _load(diffusers.AutoencoderKL, vae, configuration / "vae", **options)
+    with _loading(source, layout.classes[0]) as diffusers:
+        pipeline = getattr(diffusers, layout.classes[0])
+        parts |= _without(pipeline, layout)
+        for part in layout.lacking(shapes_of(source) or {}) if source.is_file() else ():
+            text_encoder = import_module("transformers").CLIPTextModelWithProjection
+            parts[part] = text_encoder.from_pretrained(configuration / part, **options)
+        pipe = _load(pipeline, source, configuration, **options, **parts)
+        pipe.register_to_config(_name_or_path=str(source))
+        _check_channels(pipe)
+    return pipe
+
+
+def _without(pipeline: Any, layout: Layout) -> dict[str, Any]:
+    """What a pipeline must be told to do without: what is never wanted, and what is not there."""
+    known = inspect.signature(pipeline.__init__).parameters
+    whole = next(each for each in MODEL.layouts if each.classes == layout.classes)
+    left_out = [part for part in whole.optional if part not in layout.parts]
+    return {
+        **{name: value for name, value in UNWANTED.items() if name in known},
+        **dict.fromkeys(left_out),
+    }
+
+
+def _corrected(scheduler: Any, source: Path, prediction_type: str | None) -> Any:
+    """The model's scheduler by what its single file and the user say beyond its configuration.
+
+    Finetunes that predict v, or that were trained down to no signal at all, say so by tensors of
+    these names. The latter start from pure noise: arXiv:2305.08891.
+    """
+    shapes = shapes_of(source) or {}
+    said: dict[str, Any] = {}
+    if "v_pred" in shapes:
+        said |= {"prediction_type": "v_prediction"}
+    if "ztsnr" in shapes:
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if prediction_type is not None:
+        said |= {"prediction_type": prediction_type}
+    return type(scheduler).from_config(scheduler.config, **said) if said else scheduler
+
+
+def _check_channels(pipe: DiffusionPipeline) -> None:
+    from families import family_of
+
+    latents = pipe.vae.config.latent_channels
+    taken = family_of(pipe).denoiser.config.in_channels
+    if latents != taken:
+        raise ValueError(f"the VAE's latents have {latents} channels, the denoiser takes {taken}")
+
+
+def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
+    """Let each LoRA change the pipeline's weights; ModelError for one that is of another model."""
+    adapters = [f"lora_{number}" for number in range(len(found))]
+    for adapter, lora in zip(adapters, found, strict=True):
+        folder, name = str(lora.file.parent), lora.file.name
+        try:
+            with memory_errors():
+                pipe.load_lora_weights(
+                    folder, weight_name=name, adapter_name=adapter, local_files_only=True
+                )
+            changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
+            if strangers := [part for part in parts_of(lora.file) if part not in changed]:
+                raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
+        except TemperingError:
+            raise
+        except Exception as error:  # of diffusers, of peft, of torch: whatever they stumble over
+            text = f"the LoRA {lora.name} does not fit {model_name(pipe)}: {one_line(error)}"
+            raise ModelError(text) from error
+    if found:
+        pipe.set_adapters(adapters, [lora.weight for lora in found])
 
 
 def load_clipseg(
@@ -122,10 +225,10 @@ def load_clipseg(
     Raises InputError before anything is loaded, ModelError and ResourceError after.
     """
     model = hub.CLIPSEG if model is None else model
-    hub.check(model, hub.SEGMENTER)
+    hub.check(model, SEGMENTER)
     target = pick_device(device)
     pick_dtype(dtype, target)
-    source = hub.locate(model, hub.SEGMENTER, offline)
+    source = hub.locate(model, SEGMENTER, offline)
     with _loading(source):
         from segmentation import ClipSeg
 
@@ -139,6 +242,18 @@ def load_clipseg(
         processor = transformers.CLIPSegProcessor.from_pretrained(source, **options)
     with memory_errors():
         return ClipSeg(clipseg.to(target, _precision(source, dtype, target)).eval(), processor)
+
+
+def default_scheduler(pipe: DiffusionPipeline) -> str:
+    """LCM's for a model whose own that is, for it can not do with others; Euler's for the rest."""
+    return "lcm" if type(pipe.scheduler).__name__ == SCHEDULERS["lcm"][0] else "euler"
+
+
+def scheduler_of(pipe: DiffusionPipeline) -> str:
+    """The name in SCHEDULERS of a pipeline's scheduler; its class where it is none of them."""
+    found = type(pipe.scheduler).__name__
+    known = [*SCHEDULERS.items(), *FLOW_SCHEDULERS.items()]
+    return next((name for name, (class_name, *_) in known if class_name == found), found)
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
@@ -228,10 +343,15 @@ def pick_dtype(text: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, DTYPES[text])
 
 
-def _precision(source: Path, dtype: str | None, device: torch.device) -> torch.dtype:
-    # bf16 gains nothing on a model as small as the pocket, and fp32 repeats exactly.
-    exact = dtype is None and device.type == "cpu" and hub.name_of(source) == hub.POCKET
-    return pick_dtype("fp32" if exact else dtype, device)
+def _precision(
+    source: Path, dtype: str | None, device: torch.device, on_flows: bool = False
+) -> torch.dtype:
+    """The dtype that is asked for; by itself the model's own, or else the device's best."""
+    if dtype is None and device.type == "cpu" and hub.name_of(source) == hub.POCKET:
+        dtype = "fp32"  # bf16 gains nothing on a model as small, and fp32 repeats exactly
+    elif dtype is None and device.type != "cpu" and on_flows:
+        dtype = "bf16"  # what Stable Diffusion 3 was trained in; its T5 overflows in fp16
+    return pick_dtype(dtype, device)
 
 
 def _load(cls: Any, source: Path, configuration: Path, **options: Any) -> Any:
@@ -242,14 +362,14 @@ def _load(cls: Any, source: Path, configuration: Path, **options: Any) -> Any:
 
 
 @contextmanager
-def _loading(source: Path) -> Iterator[Any]:
+def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
     from safetensors import SafetensorError
 
     _quiet()
     # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
     # weights either.
-    import_module("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    getattr(import_module("diffusers"), pipeline)
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.

@@ -18,10 +18,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hub
+import kinds
 import loaders
+import loras
 from errors import InputError, TemperingError
 from outputs import check_writable
-from settings import MAX_SEED, PREVIEWS, UNCERTAINTIES, VERSION, Models, Request, Tempering
+from settings import (
+    MAX_SEED,
+    PREDICTION_TYPES,
+    PREVIEWS,
+    UNCERTAINTIES,
+    VERSION,
+    Models,
+    Request,
+    Tempering,
+)
 
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
@@ -43,6 +54,15 @@ examples:
 init.py installs what is missing and hands every flag on; `python init.py --test` runs the tests.
 """
 
+
+class Repeated(argparse.Action):
+    """A flag that may be given several times; what is given takes the place of the default."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [value] if before is self.default else [*before, value])
+
+
 # How flags are read.
 Options = dict[str, Any]
 SWITCH: Options = {"action": "store_true", "default": False}
@@ -60,6 +80,7 @@ DEFAULTS: dict[str, Any] = {
     **asdict(Models()),
     "backsteps": None,
     "prompts": list(PROMPTS),
+    "lora": [],
     "seed": 2024,
     "cycles": 4,
     "output": Path("outputs"),
@@ -104,7 +125,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "temperature": (X, "with rounds: makes keeping a worse picture likelier; 0 never"),
         "cooling": (X, "with rounds: each goes back so many times as far as the one before, 0..1"),
         "candidates": (N, "with rounds: pictures a round, of which the best counts"),
-        "guidance_scale": (X, "weight of the prompt; 1 or less switches guidance off"),
+        "guidance_scale": (
+            X,
+            "weight of the prompt; 1 or less switches guidance off (default: 7.5; XL: 5; 3: 7; "
+            "3.5: 4.5)",
+        ),
         "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
@@ -116,14 +141,33 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "model": (
             NAME,
             "Hub id, diffusers folder, .safetensors file, or pocket (the bundled model); default: "
-            f"{hub.STABLE_DIFFUSION}, or pocket where it can not be had",
+            f"{kinds.STABLE_DIFFUSION}, or pocket where it can not be had",
         ),
         "clipseg": (
             NAME,
             f"Hub id, folder or pocket (default: {hub.CLIPSEG}, or pocket with the pocket)",
         ),
         "vae": (NAME, "Hub id, folder or file (default: the model's)"),
-        "scheduler": (NAME, ", ".join(loaders.SCHEDULERS)),
+        "lora": (
+            {"action": Repeated, "metavar": "NAME[:WEIGHT]"},
+            "Hub id, Hub id/file, folder or file; may be given several times",
+        ),
+        "t5": (
+            {**EITHER, "default": True},
+            "read with Stable Diffusion 3's largest text encoder, too, where the model has it; "
+            "--no-t5 neither fetches nor loads it (default: on)",
+        ),
+        "scheduler": (
+            NAME,
+            f"{', '.join(loaders.SCHEDULERS)}; with Stable Diffusion 3 "
+            f"{', '.join(loaders.FLOW_SCHEDULERS)} (default: euler; of an LCM: lcm)",
+        ),
+        "prediction_type": (
+            {"choices": PREDICTION_TYPES},
+            "what the model predicts, where its configuration does not tell: of single files of "
+            "Stable Diffusion 2 it says v_prediction, which its 512 pixels model does not predict "
+            "(default: the model's)",
+        ),
         "offline": (EITHER, "use what is in the cache, never the network"),
     },
     "machine": {
@@ -242,7 +286,7 @@ def chosen_flow(args: argparse.Namespace) -> str:
 
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
-    values = {**vars(args)}
+    values = {**vars(args), "lora": tuple(args.lora)}
     if args.backsteps is None:
         values["backsteps"] = min(Tempering.backsteps, args.stoptime)
     request = Request(
@@ -265,14 +309,17 @@ def to_request(args: argparse.Namespace) -> Request:
 
 def check_models(models: Models) -> None:
     """Raise InputError for names that can not mean a model or a scheduler."""
-    loaders.scheduler_name(models.scheduler)
+    if models.scheduler is not None:
+        loaders.scheduler_name(models.scheduler)
     for name, kind in (
-        (models.model, hub.MODEL),
-        (models.clipseg, hub.SEGMENTER),
-        (models.vae, hub.VAE),
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
+        (models.clipseg, kinds.SEGMENTER),
+        (models.vae, kinds.VAE),
     ):
         if name is not None:
             hub.check(name, kind)
+    for lora in models.lora:
+        loras.check(lora)
 
 
 def parser() -> Parser:
@@ -299,7 +346,7 @@ def parser() -> Parser:
 
 def shown(default: object, text: str) -> str:
     """How a flag's help ends: with its default, where it has one and does not tell it itself."""
-    if default is None or default is False or default == "" or "(default" in text:
+    if default is None or default is False or default in ("", []) or "(default" in text:
         return ""
     return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
 

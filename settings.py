@@ -17,6 +17,7 @@ MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
 PREVIEWS = ("vae", "linear")
 UNCERTAINTIES = ("class", "pixel")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
 # The default of what belongs to the model's family. Typed as what it becomes once that is known.
@@ -88,7 +89,10 @@ class Models:
     model: str | None = None  # None: Stable Diffusion v1-4, or the pocket where it can not be had
     clipseg: str | None = None  # None: the one that belongs to the model
     vae: str | None = None  # None: the model's own
-    scheduler: str = "euler"
+    lora: tuple[str, ...] = ()  # of each a name, or a name and its weight behind a colon
+    t5: bool = True  # whether Stable Diffusion 3 reads with it, where it is there
+    scheduler: str | None = None  # None: Euler's, or LCM's where the model was distilled to it
+    prediction_type: str | None = None  # None: what the model's configuration says
     device: str | None = None  # None: the best one present
     dtype: str | None = None  # None: what the device computes fastest
     offload: str | None = None
