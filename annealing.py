@@ -14,6 +14,8 @@ Simulated annealing: Kirkpatrick, Gelatt, Vecchi 1983. Everything here is pure.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -66,6 +68,19 @@ def cooled_temperature(temperature: float, number: int, rounds: int) -> float:
 def cooled_depth(backsteps: int, cooling: float, number: int) -> int:
     """b of round `number`, 1 or more: each goes back `cooling` times as far as the last."""
     return max(min(1, backsteps), round(backsteps * cooling ** (number - 1)))
+
+
+def depths(backsteps: int, cooling: float, rounds: int) -> Iterator[tuple[int, int]]:
+    """The depths of all rounds, deepest first, each with how many rounds go back so far.
+
+    Depths only ever fall, so bisection finds where; a million rounds are counted in no time.
+    """
+    numbers, counted = range(1, rounds + 1), 0
+    for depth in range(backsteps, -1, -1):
+        reached = bisect_right(numbers, -depth, key=lambda n: -cooled_depth(backsteps, cooling, n))
+        if reached > counted:
+            yield depth, reached - counted
+        counted = reached
 
 
 def keeps(proposed: float, kept: float, temperature: float, draw: float) -> bool:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
 
 
 class TemperingError(Exception):
@@ -25,6 +31,49 @@ class ResourceError(TemperingError):
     """The machine ran out of something (memory, disk); the text names what would help."""
 
 
+def raise_not_finite(what: str, parts: Mapping[str, Any], advice: str) -> NoReturn:
+    """Raise ModelError for numbers that no picture can have, naming what is to blame.
+
+    Those of the `parts` (torch modules by name) whose weights are not finite; else `advice` helps.
+    """
+    unsound = [
+        name
+        for name, part in parts.items()
+        # On "meta" are those that sequential offloading keeps elsewhere.
+        if not all(each.isfinite().all() for each in part.parameters() if not each.is_meta)
+    ]
+    if unsound:
+        advice = f"because weights of {', '.join(unsound)} are not: put a sound copy in their place"
+    raise ModelError(f"{what} is not finite {advice}")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Any library's way of being out of memory becomes ResourceError; while loading or running."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error).lower()):
+            raise
+        raise ResourceError(
+            "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
+            "--dtype bf16 on a CPU, a smaller --height and --width"
+        ) from error
+
+
+@contextmanager
+def blaming(part: str) -> Iterator[None]:
+    """Whatever a library raises over a part of a model becomes ModelError, which names the part."""
+    try:
+        with memory_errors():
+            yield
+    except TemperingError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{part} of this model does not work: {one_line(error)}") from error
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line of at most 160 characters."""
-    return textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 160, placeholder=" ...") or type(error).__name__

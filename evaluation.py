@@ -7,31 +7,33 @@ and writes the summary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
+import cycles
 import outputs
-from errors import InputError
+from cycles import Row
+from errors import InputError, TemperingError
 from loaders import pick_device
 from metrics import PictureMetrics, picture_metrics, scatter, summarise, summary_table
 from session import Session, open_session, say
-from settings import Request
+from settings import FREE_ON_RESUME, Request
 from sheets import Panel, sheet
 from tempering import View
 
-Row = dict[str, Any]
 ON_SHEET = 8  # cycles; more would be a poster
 
 
@@ -40,23 +42,46 @@ def run(request: Request) -> None:
     state = shared_state(request)
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     session = open_session(request, device=str(state.device) if state else None)
-    folder = agree_on_folder(request, state)
-    facts = {**session.facts(), **({"notice": notice(folder)} if request.resume else {})}
+    folder = first_decides(state, lambda: run_folder(request))
     seeds = range(request.seed, request.seed + request.cycles)
+    with cycles.claimed(folder, rank):
+        done = finished_cycles(folder, session)
+        with last_words(folder, seeds):
+            facts = {**session.facts(), **earlier_notice(folder)}
+            if rank == 0:
+                outputs.save_json(folder / "run.json", facts)
+            missing = [seed for seed in seeds[rank::processes] if seed not in done]
+            for row in paint(session, folder, missing):
+                outputs.append_json_line(cycles.rows_file(folder, rank), row)
+                tqdm.write(cycle_line(row))
+            conclude(session, folder, seeds, facts)
+
+
+def conclude(session: Session, folder: Path, seeds: range, facts: Row) -> None:
+    """The summary, where no other process still has cycles to paint."""
     done = finished_cycles(folder, session)
-    if rank == 0:
-        outputs.save_json(folder / "run.json", facts)
+    if all(seed in done for seed in seeds):
+        summarise_run(session, folder, [done[seed] for seed in seeds], facts)
+    else:
+        say(
+            f"{count(done, seeds)} are finished, other processes paint the rest; if one of them is "
+            f"gone, go on with: {command('--resume', folder)}"
+        )
+
+
+@contextmanager
+def last_words(folder: Path, seeds: range) -> Iterator[None]:
+    """Whatever ends the run early: its last words say what is kept, and how to go on."""
     try:
-        for row in cycles(session, folder, [s for s in seeds[rank::processes] if s not in done]):
-            outputs.append_json_line(folder / f"cycles{f'-{rank}' if rank else ''}.jsonl", row)
-            tqdm.write(cycle_line(row))
+        yield
     except BaseException:
-        kept = len(seeds_done(seeds, finished_cycles(folder, session)))
-        say(f"kept {kept} of {len(seeds)} cycles; go on with: {command('--resume', folder)}")
+        kept = count(cycles.finished(folder), seeds)
+        say(f"kept {kept}; go on with: {command('--resume', folder)}")
         raise
-    finished = seeds_done(seeds, finished_cycles(folder, session))
-    if len(finished) == len(seeds):
-        summarise_run(session, folder, finished, facts)
+
+
+def count(done: Container[int], seeds: range) -> str:
+    return f"{sum(seed in done for seed in seeds)} of {len(seeds)} cycles"
 
 
 def command(flag: str, folder: Path) -> str:
@@ -73,47 +98,75 @@ def shared_state(request: Request) -> PartialState | None:
     return PartialState(cpu=pick_device(request.models.device).type == "cpu")
 
 
-def notice(folder: Path) -> object:
-    """What stood in for what when the run in `folder` began."""
-    return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("notice")
-
-
-def agree_on_folder(request: Request, state: PartialState | None) -> Path:
-    """The run folder: the one to resume, or a new one, the same for all processes."""
-    if request.resume:
-        return request.resume
+def first_decides(state: PartialState | None, decide: Callable[[], Path]) -> Path:
+    """What the first process decides, for all processes; what it can not do, none can."""
     if state is None:
-        return outputs.new_run_folder(request.output, request.prompt, request.begun)
-    agreed: list[Path | None] = [None]
+        return decide()
+    told: list[Path | TemperingError | None] = [None]
     if state.is_main_process:
-        agreed = [outputs.new_run_folder(request.output, request.prompt, request.begun)]
-    broadcast_object_list(agreed)
-    assert agreed[0] is not None
-    return agreed[0]
+        try:
+            told = [decide()]
+        except TemperingError as error:
+            told = [error]
+    try:
+        broadcast_object_list(told)
+    except RuntimeError as error:  # torch.distributed's, where a process is gone
+        raise TemperingError(
+            "another process of this run ended before all were ready, its own words say why: start "
+            "all of them again"
+        ) from error
+    if isinstance(told[0], TemperingError):
+        raise told[0]
+    assert told[0] is not None
+    return told[0]
+
+
+def run_folder(request: Request) -> Path:
+    """The folder to resume, without what killed runs have left in it, or a new one."""
+    if not request.resume:
+        return outputs.new_run_folder(request.output, request.prompt, request.begun)
+    cycles.prepare(request.resume)
+    return request.resume
+
+
+def earlier_notice(folder: Path) -> Row:
+    """What stood in for what when the run in `folder` began, where its run.json tells."""
+    try:
+        return {"notice": outputs.read_json(folder / "run.json").get("notice")}
+    except InputError:  # new, or damaged
+        return {}
 
 
 def finished_cycles(folder: Path, session: Session) -> dict[int, Row]:
-    """The cycles on disk by seed. Raises InputError where another model or precision made one."""
-    found: dict[int, Row] = {}
-    for file in folder.glob("cycles*.jsonl"):
-        for row in outputs.read_json_lines(file):
-            made_by, this_run = (row.get("model"), row.get("dtype")), (session.model, session.dtype)
-            if made_by != this_run:
-                raise InputError(
-                    f"all cycles of {folder} must come from one model in one dtype; there is "
-                    f"{' in '.join(map(str, made_by))}, this process has {' in '.join(this_run)}"
-                )
-            found[row["seed"]] = row
-    return found
+    """The finished cycles by seed. Raises InputError for those of another experiment than this."""
+    done, mine = cycles.finished(folder), made_by(session)
+    for row in done.values():
+        theirs = {name: row.get(name, value) for name, value in mine.items()}
+        if (theirs["model"], theirs["dtype"]) != (mine["model"], mine["dtype"]):
+            raise InputError(
+                f"all cycles of {folder} must come from one model in one dtype; there is "
+                f"{theirs['model']} in {theirs['dtype']}, this process has {mine['model']} in "
+                f"{mine['dtype']}"
+            )
+        if session.request.blind and theirs["flags"] != mine["flags"]:
+            raise InputError(
+                f"the run.json of {folder} is damaged, so --resume needs all flags of its first "
+                "call again; its cycles were made by others than these"
+            )
+    return done
 
 
-def seeds_done(seeds: Iterable[int], done: Mapping[int, Row]) -> list[Row]:
-    return [done[seed] for seed in seeds if seed in done]
+def made_by(session: Session) -> Row:
+    """What all cycles of one experiment have in common, for their rows."""
+    arguments = session.facts()["arguments"]
+    flags = {name: value for name, value in arguments.items() if name not in FREE_ON_RESUME}
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+    return {"model": session.model, "dtype": session.dtype, "flags": digest[:12]}
 
 
-def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
+def paint(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
     """Paint each seed plain and tempered from one shared prefix; yields a row a cycle."""
-    calls = session.painter.unet_calls(compare=True)
+    calls, origin = session.painter.unet_calls(compare=True), made_by(session)
     with tqdm(total=calls * len(seeds), desc="U-Net", unit="call", disable=None) as bar:
         for seed in seeds:
             begun = time.perf_counter()
@@ -124,12 +177,11 @@ def cycles(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
             views = {name: session.painter.look([image])[0] for name, image in pictures.items()}
             for name, view in views.items():
                 text = session.parameters(view.image, seed, name)
-                outputs.save_image(folder / f"{seed}-{name}.png", view.image, text)
+                outputs.save_image(cycles.picture_file(folder, seed, name), view.image, text)
             yield {
                 "cycle": seed - session.request.seed + 1,
                 "seed": seed,
-                "model": session.model,
-                "dtype": session.dtype,
+                **origin,
                 "unet_calls": result.unet_calls,
                 "rounds": len(result.rounds),
                 "seconds": round(time.perf_counter() - begun, 3),
@@ -144,8 +196,9 @@ def figures(view: View) -> Row:
 
 def summarise_run(session: Session, folder: Path, finished: list[Row], facts: Row) -> None:
     """Write and print the summary of all cycles."""
-    plain, tempered = ([metrics(row[name]) for row in finished] for name in ("plain", "tempered"))
+    plain, tempered = ([metrics(row[name]) for row in finished] for name in cycles.PICTURES)
     summary = summarise(plain, tempered)
+    print(summary_table(summary), flush=True)  # before any file: what a full disk refuses is here
     outputs.save_json(
         folder / "summary.json",
         {
@@ -161,7 +214,6 @@ def summarise_run(session: Session, folder: Path, finished: list[Row], facts: Ro
     title = f"{session.request.prompt} ({session.model})"
     outputs.save_figure(folder / "scatter.png", scatter(plain, tempered, title))
     outputs.save_image(folder / "sheet.png", draw_sheet(folder, finished[:ON_SHEET], title))
-    print(summary_table(summary))
     print(folder)
 
 
@@ -169,8 +221,8 @@ def draw_sheet(folder: Path, shown: list[Row], title: str) -> Image.Image:
     """The plain and the tempered picture of each cycle side by side with their figures."""
     panels = []
     for row in shown:
-        for name in ("plain", "tempered"):
-            with Image.open(folder / f"{row['seed']}-{name}.png") as picture:
+        for name in cycles.PICTURES:
+            with Image.open(cycles.picture_file(folder, row["seed"], name)) as picture:
                 panel = Panel(f"{row['seed']} {name}", picture.copy(), (str(metrics(row[name])),))
             panels.append(panel)
     return sheet(panels, title)
@@ -182,5 +234,5 @@ def metrics(figures: Row) -> PictureMetrics:
 
 def cycle_line(row: Row) -> str:
     """One cycle for the terminal."""
-    parts = [f"{name} {metrics(row[name])}" for name in ("plain", "tempered")]
+    parts = [f"{name} {metrics(row[name])}" for name in cycles.PICTURES]
     return f"cycle {row['cycle']}  seed {row['seed']}  {'  |  '.join(parts)}"

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from errors import InputError, ModelError
+from errors import InputError, raise_not_finite
 
 # The text of a batch: what the denoiser is told beside latents and timestep, by the names of its
 # own arguments, a row for each picture. All families have "encoder_hidden_states" (B, L, D).
@@ -80,6 +80,16 @@ class Family(ABC):
     @abstractmethod
     def denoiser(self) -> Any:
         """The network that predicts, with its configuration."""
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        """Where the parts meet: what, as one part has it, and as another needs it."""
+        denoiser, vae = self.denoiser.config, self.pipe.vae.config
+        return [
+            ("channels of the VAE's latents", vae.latent_channels, denoiser.in_channels),
+            ("channels of the VAE's pictures", vae.out_channels, 3),
+            ("channels that the denoiser gives", denoiser.out_channels, denoiser.in_channels),
+        ]
 
     @property
     def guidance_scale(self) -> float:
@@ -144,8 +154,10 @@ class Family(ABC):
         Raises InputError for a size that is no multiple of the family's factor.
         """
         config, factor = self.denoiser.config, self.pipe.vae_scale_factor
-        height = height or config.sample_size * factor
-        width = width or config.sample_size * factor
+        own = config.sample_size
+        if not (height and width) and not (isinstance(own, int) and own > 0):
+            raise InputError("height and width must be given: the model has no size of its own")
+        height, width = height or own * factor, width or own * factor
         if height % self.size_factor or width % self.size_factor:
             raise InputError(
                 f"sizes must be multiples of {self.size_factor} pixels, got {width}x{height}"
@@ -159,13 +171,11 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of clean latents (B, channels, h, w), as diffusers' pipeline makes them.
 
-        Raises ModelError for pixels that are not finite, as fp16 overflows give them.
+        Raises ModelError for pixels that are not finite, as damaged weights, overflows of fp16 and
+        absurd settings give them.
         """
         with self._decoder() as vae:
             pixels = decoded(vae, latents.to(vae.dtype), self.device)
-        if not pixels.isfinite().all():
-            dtype = str(vae.dtype).removeprefix("torch.")
-            raise ModelError(f"the picture is not finite in {dtype}; --dtype fp32 or bf16 may help")
         return self._pictures(pixels)
 
     def decode_linearly(self, latents: Tensor) -> list[Image.Image]:
@@ -193,9 +203,16 @@ class Family(ABC):
             vae.to(torch.float16)
 
     def _pictures(self, pixels: Tensor) -> list[Image.Image]:
+        if not pixels.isfinite().all():
+            raise_not_finite("the picture", networks_of(self.pipe), self._advice())
         normal = [True] * len(pixels)
         processor = self.pipe.image_processor
         return list(processor.postprocess(pixels, output_type="pil", do_denormalize=normal))
+
+    def _advice(self) -> str:
+        dtype = str(self.pipe.vae.dtype).removeprefix("torch.")
+        wider = "" if dtype == "float32" else "--dtype fp32 or bf16, or "
+        return f"in {dtype}; what may help: {wider}a smaller --guidance_scale or --cfg_rescale"
 
 
 class StableDiffusion(Family):
@@ -204,6 +221,14 @@ class StableDiffusion(Family):
     @property
     def denoiser(self) -> Any:
         return self.pipe.unet
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        width, needed = self.pipe.text_encoder.config.hidden_size, self.denoiser.config
+        return [
+            *super().joints,
+            ("width of the text encoder's output", width, needed.cross_attention_dim),
+        ]
 
     def _embed(
         self, prompts: list[str], negative: list[str] | None, guided: bool
@@ -224,6 +249,21 @@ class StableDiffusionXL(Family):
     @property
     def denoiser(self) -> Any:
         return self.pipe.unet
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        clips = [self.pipe.text_encoder.config, self.pipe.text_encoder_2.config]
+        width, needed = sum(clip.hidden_size for clip in clips), self.denoiser.config
+        told = 6 * needed.addition_time_embed_dim + clips[1].projection_dim
+        return [
+            *super().joints,
+            ("width of the text encoders' output", width, needed.cross_attention_dim),
+            (
+                "width of size and pooled text",
+                told,
+                needed.projection_class_embeddings_input_dim,
+            ),
+        ]
 
     @property
     def guidance_scale(self) -> float:
@@ -260,6 +300,20 @@ class StableDiffusion3(Family):
     @property
     def denoiser(self) -> Any:
         return self.pipe.transformer
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        clips = [self.pipe.text_encoder.config, self.pipe.text_encoder_2.config]
+        t5, needed = self.pipe.text_encoder_3, self.denoiser.config
+        pooled = sum(clip.projection_dim for clip in clips)
+        read = (
+            [("width of T5's output", t5.config.d_model, needed.joint_attention_dim)] if t5 else []
+        )
+        return [
+            *super().joints,
+            ("width of the pooled text", pooled, needed.pooled_projection_dim),
+            *read,
+        ]
 
     @property
     def guidance_scale(self) -> float:
@@ -319,6 +373,12 @@ FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
 }
+
+
+def networks_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The parts of a pipeline that have weights, by diffusers' names for them."""
+    parts = pipe.components.items()
+    return {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
 
 
 def family_of(pipe: DiffusionPipeline) -> Family:

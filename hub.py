@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ POCKET = "pocket"
 Admit = Callable[[Layout], object]  # is told what a model is before it is fetched; may raise
 
 _CONTACT_SECONDS = 10  # how long the Hub may take to answer for the first time
+_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before a busy Hub or a broken line is tried again
 # Compiled where it is used: not every start needs it.
 _HUB_ID = r"(?a:(?!.*(--|\.\.))(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?)"
 _NOTICE = """\
@@ -52,11 +54,15 @@ _NOTICE = """\
 
 
 class _UnreachableError(ModelError):
-    """A model that is not in the cache, while the Hub does not answer or must not be asked."""
+    """A model that is not in the cache, while the Hub does not answer or must not be asked.
 
-    def __init__(self, repo: str, reason: str, instead: str) -> None:
+    `busy`: it did answer, that it can not now.
+    """
+
+    def __init__(self, repo: str, reason: str, instead: str, *, busy: bool = False) -> None:
         super().__init__(f"can not download {repo}: {reason}; {instead}")
         self.reason = reason
+        self.busy = busy
 
 
 def to_stderr(text: str) -> None:
@@ -167,8 +173,7 @@ def fetch(repo: str, kind: Kind, offline: bool, admit: Admit = anything) -> Path
     found = config.get(key) or (config.get("diffusers") or {}).get(key)
     names = {file.rfilename for file in info.siblings or ()}
     if found is None and kind.marker[0] in names:  # the Hub does not say it of every model
-        with _hub_errors(repo, kind):
-            found = marked(_download(repo, [kind.marker[0]]), kind).get(key)
+        found = marked(_download(repo, [kind.marker[0]], kind), kind).get(key)
 
     def holds(part: str) -> bool:
         return any(name.startswith(f"{part}/") for name in names)
@@ -178,8 +183,7 @@ def fetch(repo: str, kind: Kind, offline: bool, admit: Admit = anything) -> Path
         layout = (kind.called(found) or kind.layouts[0]).holding(holds)
         admit(layout)
         try:
-            with _hub_errors(repo, kind):
-                folder = _download(repo, layout.patterns)
+            folder = _download(repo, layout.patterns, kind)
         except _UnreachableError as error:  # not a reason to run another model: it was there
             text = f"the download of {repo} broke off, {error.reason}; run again to go on"
             raise ModelError(text) from error
@@ -203,8 +207,12 @@ def _info(repo: str, kind: Kind, offline: bool) -> Any:
     if offline:
         reason = "it is not complete in the cache, and offline nothing is fetched"
         raise _UnreachableError(repo, reason, kind.instead)
-    with _hub_errors(repo, kind):
-        return HfApi().model_info(repo, timeout=_CONTACT_SECONDS)
+    return _patiently(
+        lambda: HfApi().model_info(repo, timeout=_CONTACT_SECONDS),
+        repo,
+        kind,
+        worth_it=lambda error: error.busy,  # without a network it is known at once
+    )
 
 
 def _cached(repo: str, kind: Kind) -> Path | None:
@@ -224,22 +232,36 @@ def _snapshot(repo: str) -> Path | None:
         return None
 
 
-def _download(repo: str, patterns: list[str], attempts: int = 3) -> Path:
-    """Fetch into the Hub's cache; files that are complete there are not fetched again.
-
-    The client takes up a body that ends early by itself, but not one whose connection is reset.
-    """
+def _download(repo: str, patterns: list[str], kind: Kind) -> Path:
+    """The folder of `repo` in the Hub's cache, with the files that match one of the patterns."""
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:
-        # By name: which of these libraries is there depends on the client's version.
-        library = type(error).__module__.partition(".")[0]
-        if attempts == 1 or library not in ("httpx", "httpx2", "requests"):
-            raise
-    time.sleep(1)
-    return _download(repo, patterns, attempts - 1)
+    ask = partial(snapshot_download, repo, allow_patterns=patterns)
+    return Path(_patiently(ask, repo, kind))
+
+
+def _patiently(
+    ask: Callable[[], Any],
+    repo: str,
+    kind: Kind,
+    worth_it: Callable[[_UnreachableError], bool] = lambda error: True,
+) -> Any:
+    """What the Hub's client gives; asked again where a Hub is out of reach and it is `worth_it`.
+
+    The client keeps the files that are complete, and takes up a body that ends early, but gives up
+    at a reset connection, a time-out, and at most of what a busy Hub answers.
+    """
+    for pause in _PAUSES:
+        try:
+            with _hub_errors(repo, kind):
+                return ask()
+        except _UnreachableError as error:
+            if not worth_it(error):
+                raise
+            to_stderr(f"{repo}: {error.reason}; trying again in {pause} s")
+        time.sleep(pause)
+    with _hub_errors(repo, kind):
+        return ask()
 
 
 @contextmanager
@@ -266,5 +288,5 @@ def _hub_errors(repo: str, kind: Kind) -> Iterator[None]:
         else:
             answer = f"it answers {http.response.status_code}" if http else one_line(cause)
             reason = f"the Hub can not be reached ({answer})"
-            raise _UnreachableError(repo, reason, kind.instead) from error
+            raise _UnreachableError(repo, reason, kind.instead, busy=http is not None) from error
         raise ModelError(f"{start}: {reason}; {kind.instead}") from error

@@ -6,9 +6,10 @@ Nothing heavy is imported before it is needed. What a name means, hub.py knows.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import hub
 import loras
-from errors import InputError, ModelError, ResourceError, TemperingError, one_line
+from errors import InputError, ModelError, TemperingError, memory_errors, one_line
 from kinds import MODEL, SEGMENTER, VAE, Layout, layout_of, shapes_of
 from loras import Lora, parts_of
 from settings import PREDICTION_TYPES
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from segmentation import ClipSeg
 
@@ -61,19 +62,17 @@ UNWANTED = {
 }
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
-_OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
-
 
 def load_pipeline(
-    model: str | None = None,
+    model: str | Path | None = None,
     *,
-    vae: str | None = None,
+    vae: str | Path | None = None,
     lora: Sequence[str] = (),
     t5: bool = True,
     scheduler: str | None = None,
     prediction_type: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     offload: str | None = None,
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
@@ -84,8 +83,9 @@ def load_pipeline(
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
     Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
     leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
-    `prediction_type` None is what the model itself says. Raises InputError before anything is
-    loaded, ModelError and ResourceError after.
+    `prediction_type` None is what the model itself says. `dtype` and `device` are names as on the
+    command line, or torch's own. Raises InputError before anything is loaded, ModelError and
+    ResourceError after.
     """
     kind = MODEL if t5 else MODEL.bare
     if scheduler is not None:
@@ -93,6 +93,7 @@ def load_pipeline(
     if prediction_type not in (None, *PREDICTION_TYPES):
         names = ", ".join(PREDICTION_TYPES)
         raise InputError(f"--prediction_type must be one of {names}, got {prediction_type!r}")
+    model, vae = (None if name is None else str(name) for name in (model, vae))
     if model is not None:
         hub.check(model, kind)
     if vae is not None:
@@ -120,8 +121,9 @@ def load_pipeline(
     found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
     precision = _precision(source, dtype, target, layout.on_flows)
     pipe = _pipeline(source, layout, configuration, vae_source, precision)
-    pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
-    set_scheduler(pipe, scheduler or default_scheduler(pipe))
+    with _loading(source):
+        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
+        set_scheduler(pipe, scheduler or default_scheduler(pipe))
     add_loras(pipe, found_loras)
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
@@ -137,20 +139,21 @@ def _pipeline(
     source: Path, layout: Layout, configuration: Path, vae: Path | None, precision: torch.dtype
 ) -> DiffusionPipeline:
     """The pipeline of a folder or a single file, on the CPU, as it is configured."""
-    options: dict[str, Any] = {"torch_dtype": precision, "local_files_only": True}
     parts: dict[str, Any] = {}
     if vae is not None:
         with _loading(vae) as diffusers:
-            parts["vae"] = _load(diffusers.AutoencoderKL, vae, configuration / "vae", **options)
+            files = vae, configuration / "vae"
+            parts["vae"] = _network(diffusers.AutoencoderKL, "vae", *files, precision)
     with _loading(source, layout.classes[0]) as diffusers:
         pipeline = getattr(diffusers, layout.classes[0])
         parts |= _without(pipeline, layout)
-        for part in layout.lacking(shapes_of(source) or {}) if source.is_file() else ():
-            text_encoder = import_module("transformers").CLIPTextModelWithProjection
-            parts[part] = text_encoder.from_pretrained(configuration / part, **options)
-        pipe = _load(pipeline, source, configuration, **options, **parts)
+        if source.is_dir():
+            parts |= _networks(source, precision, but=parts)
+        else:
+            parts |= _lent(layout.lacking(shapes_of(source) or {}), configuration, precision)
+        pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
         pipe.register_to_config(_name_or_path=str(source))
-        _check_channels(pipe)
+        _check_parts(pipe)
     return pipe
 
 
@@ -182,15 +185,6 @@ def _corrected(scheduler: Any, source: Path, prediction_type: str | None) -> Any
     return type(scheduler).from_config(scheduler.config, **said) if said else scheduler
 
 
-def _check_channels(pipe: DiffusionPipeline) -> None:
-    from families import family_of
-
-    latents = pipe.vae.config.latent_channels
-    taken = family_of(pipe).denoiser.config.in_channels
-    if latents != taken:
-        raise ValueError(f"the VAE's latents have {latents} channels, the denoiser takes {taken}")
-
-
 def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
     """Let each LoRA change the pipeline's weights; ModelError for one that is of another model."""
     adapters = [f"lora_{number}" for number in range(len(found))]
@@ -214,17 +208,17 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
 
 
 def load_clipseg(
-    model: str | None = None,
+    model: str | Path | None = None,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     offline: bool = False,
 ) -> ClipSeg:
     """CLIPSeg with its checkpoint's own processor, ready on its device; None is `hub.CLIPSEG`.
 
     Raises InputError before anything is loaded, ModelError and ResourceError after.
     """
-    model = hub.CLIPSEG if model is None else model
+    model = hub.CLIPSEG if model is None else str(model)
     hub.check(model, SEGMENTER)
     target = pick_device(device)
     pick_dtype(dtype, target)
@@ -233,15 +227,13 @@ def load_clipseg(
         from segmentation import ClipSeg
 
         transformers = import_module("transformers")
-        options = {"local_files_only": True}
-        clipseg, report = transformers.CLIPSegForImageSegmentation.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **options
-        )
-        if report["missing_keys"]:  # transformers would go on with random weights
-            raise ValueError(f"there is no {', '.join(sorted(report['missing_keys']))}")
-        processor = transformers.CLIPSegProcessor.from_pretrained(source, **options)
+        precision = _precision(source, dtype, target)
+        segmenter = transformers.CLIPSegForImageSegmentation
+        clipseg = _network(segmenter, "CLIPSeg", source, source, precision)
+        processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
+        _check_words(processor.tokenizer, clipseg.config.text_config)
     with memory_errors():
-        return ClipSeg(clipseg.to(target, _precision(source, dtype, target)).eval(), processor)
+        return ClipSeg(clipseg.to(target).eval(), processor)
 
 
 def default_scheduler(pipe: DiffusionPipeline) -> str:
@@ -276,12 +268,12 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     pipe.scheduler = scheduler_class.from_config(config, **missing)
 
 
-def model_name(pipe: StableDiffusionPipeline) -> str:
+def model_name(pipe: DiffusionPipeline) -> str:
     """What to call the pipeline's model in results: Hub id, `pocket`, or a path's last name."""
     return hub.name_of(str(pipe.name_or_path or "unknown"))
 
 
-def clipseg_for(model: str | StableDiffusionPipeline) -> str:
+def clipseg_for(model: str | DiffusionPipeline) -> str:
     """The CLIPSeg that belongs to a pipeline, or to what `model_name` calls it."""
     name = model if isinstance(model, str) else model_name(model)
     return hub.POCKET if name == hub.POCKET else hub.CLIPSEG
@@ -304,9 +296,11 @@ def _squash(text: str) -> str:
     return re.sub(r"[\s_-]", "", text.lower())
 
 
-def pick_device(text: str | None = None) -> torch.device:
-    """The device named `text`, by itself the first of cuda, mps, xpu and cpu that is present."""
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, by itself the first of cuda, mps, xpu and cpu that is present."""
     import torch
+
+    text = None if name is None else str(name)
 
     counts = {
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -316,20 +310,26 @@ def pick_device(text: str | None = None) -> torch.device:
     }
     if text is None:
         return torch.device(next(name for name, count in counts.items() if count))
-    name, _, index = text.partition(":")
+    kind, _, index = text.partition(":")
     if not re.fullmatch(r"\w+(:\d{1,3})?", text, re.ASCII) or int(index or 0) >= counts.get(
-        name, 0
+        kind, 0
     ):
         present = [f"{name}:{i}" if n > 1 else name for name, n in counts.items() for i in range(n)]
         raise InputError(f"--device must be present ({', '.join(present)}), got {text!r}")
     return torch.device(text)
 
 
-def pick_dtype(text: str | None, device: torch.device) -> torch.dtype:
-    """The dtype named `text`; by itself fp16 on GPUs, bf16 on CPUs that have it, else fp32."""
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name, be it torch's own (`float16`, `torch.float16`) or shorter (`fp16`).
+
+    By itself fp16 on GPUs, bf16 on CPUs that have it, else fp32.
+    """
     import torch
 
-    if text is None:
+    shorter = {long: short for short, long in DTYPES.items()}
+    text = str(name).removeprefix("torch.")
+    text = shorter.get(text, text)
+    if name is None:
         # Older torch has no get_capabilities, and knows of x86 alone whether it has bf16.
         found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         older = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
@@ -344,7 +344,7 @@ def pick_dtype(text: str | None, device: torch.device) -> torch.dtype:
 
 
 def _precision(
-    source: Path, dtype: str | None, device: torch.device, on_flows: bool = False
+    source: Path, dtype: str | torch.dtype | None, device: torch.device, on_flows: bool = False
 ) -> torch.dtype:
     """The dtype that is asked for; by itself the model's own, or else the device's best."""
     if dtype is None and device.type == "cpu" and hub.name_of(source) == hub.POCKET:
@@ -355,17 +355,97 @@ def _precision(
 
 
 def _load(cls: Any, source: Path, configuration: Path, **options: Any) -> Any:
-    """A pipeline or a model of diffusers from a folder or a single file."""
+    """A pipeline or a network of diffusers or transformers from a folder or a single file."""
+    options["local_files_only"] = True
     if source.is_file():
         return cls.from_single_file(str(source), config=str(configuration), **options)
     return cls.from_pretrained(str(source), use_safetensors=True, **options)
 
 
+def _networks(folder: Path, precision: torch.dtype, but: Container[str]) -> dict[str, Any]:
+    """The networks that a diffusers folder's model_index.json names, `but` for some."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    classes = {
+        name: getattr(import_module(entry[0]), entry[1])
+        for name, entry in index.items()
+        if name not in but and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+    }
+    return {
+        name: _network(cls, name, folder / name, folder / name, precision)
+        for name, cls in classes.items()
+        if hasattr(cls, "named_parameters")
+    }
+
+
+def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[str, Any]:
+    """The text encoders that a single file lacks, from the folder of the model that lends them."""
+    cls = import_module("transformers").CLIPTextModelWithProjection
+    folders = {name: lender / name for name in names}
+    return {
+        name: _network(cls, name, folder, folder, precision) for name, folder in folders.items()
+    }
+
+
+def _network(cls: Any, part: str, source: Path, configuration: Path, precision: torch.dtype) -> Any:
+    """One network from a folder or a single file. Raises ValueError where it is not whole."""
+    if source.is_file():
+        network = _load(cls, source, configuration, torch_dtype=precision)
+        _check_whole(part, network)
+        return network
+    # What has another shape would otherwise end the loading, uncounted, in words of a library.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    network, report = _load(cls, source, configuration, torch_dtype=precision, **options)
+    _check_whole(part, network, report["missing_keys"], report["mismatched_keys"])
+    return network
+
+
+def _check_whole(
+    part: str,
+    network: Any,
+    missing: Iterable[str] = (),
+    misshapen: Iterable[Sequence[Any]] = (),
+) -> None:
+    """Raise ValueError, which names the part and how many, for tensors that were not loaded.
+
+    transformers goes on with random numbers in their place, diffusers leaves them on "meta".
+    """
+    names = [name for name, *_ in misshapen]
+    if names:
+        raise ValueError(f"{len(names)} tensors of the {part} have another shape: {names[0]}")
+    on_meta = {name for name, each in network.state_dict().items() if each.is_meta}
+    names = sorted({*missing, *on_meta})
+    if names:
+        raise ValueError(f"there is no {names[0]}: {len(names)} tensors of the {part} are missing")
+
+
+def _check_parts(pipe: DiffusionPipeline) -> None:
+    """Raise ValueError for parts that are not whole, or not made for each other."""
+    from families import family_of, networks_of
+
+    for name, network in networks_of(pipe).items():
+        _check_whole(name, network)
+    for what, found, needed in family_of(pipe).joints:
+        if found != needed:
+            raise ValueError(f"the {what} must be {needed}, got {found}")
+    for number in ("", "_2", "_3"):
+        tokenizer = getattr(pipe, f"tokenizer{number}", None)
+        if tokenizer is not None:
+            _check_words(tokenizer, getattr(pipe, f"text_encoder{number}").config)
+
+
+def _check_words(tokenizer: Any, text: Any) -> None:
+    """Raise ValueError for a tokenizer that a text encoder of this configuration can not follow."""
+    words, length = len(tokenizer), tokenizer.model_max_length
+    if words > text.vocab_size:
+        raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
+    takes = getattr(text, "max_position_embeddings", length)  # T5 takes any number
+    if not 2 < length <= takes:
+        raise ValueError(f"the tokenizer gives {length} tokens, the text encoder takes {takes}")
+
+
 @contextmanager
 def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    from safetensors import SafetensorError
-
     _quiet()
     # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
     # weights either.
@@ -377,25 +457,11 @@ def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterato
             yield import_module("diffusers")
     except TemperingError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # each library has its own for a file that it does not like
         entry = hub.cache_entry(source)
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Any library's way of being out of memory becomes ResourceError; while loading or running."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY, str(error).lower()):
-            raise
-        raise ResourceError(
-            "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
-            "--dtype bf16 on a CPU, a smaller --height and --width"
-        ) from error
 
 
 def _quiet() -> None:

@@ -1,15 +1,20 @@
 """The command line: reads the flags, runs one flow, and turns errors into one line and a code.
 
-Nothing heavy is imported before the arguments are known to be valid.
+Nothing heavy is imported before the arguments are known to be valid. A Python that is too old for
+the other files can read this one, and is told so.
 """
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.stderr.write("error: Python 3.10 to 3.13 is needed: start init.py with another one\n")
+    sys.exit(2)
 
 import argparse
 import importlib
-import json
+import signal
 import subprocess
-import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -21,9 +26,12 @@ import hub
 import kinds
 import loaders
 import loras
-from errors import InputError, TemperingError
-from outputs import check_writable
+from errors import InputError, TemperingError, memory_errors
+from outputs import check_writable, read_json
 from settings import (
+    DEFAULT_STEPS,
+    DEFAULT_WAY,
+    FREE_ON_RESUME,
     MAX_SEED,
     PREDICTION_TYPES,
     PREVIEWS,
@@ -32,16 +40,15 @@ from settings import (
     Models,
     Request,
     Tempering,
+    in_proportion,
 )
 
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
 INIT = Path(__file__).with_name("init.py")
 PROMPTS = ("a black dog", "a toy robot")
-# What a flag says about this call, not about the picture: not kept in run.json.
+# What a flag says about this call, not the picture: neither kept in run.json nor taken from one.
 OF_THE_CALL = ("debug", "output", "repeat", "resume", "update")
-# What may differ when an evaluation is resumed; anything else would mix two experiments.
-FREE_ON_RESUME = ("cycles", "device", "offload", "offline", *OF_THE_CALL)
 EXAMPLES = """\
 examples:
   python init.py --tempered_inference
@@ -53,14 +60,6 @@ examples:
 
 init.py installs what is missing and hands every flag on; `python init.py --test` runs the tests.
 """
-
-
-class Repeated(argparse.Action):
-    """A flag that may be given several times; what is given takes the place of the default."""
-
-    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [value] if before is self.default else [*before, value])
 
 
 # How flags are read.
@@ -75,10 +74,11 @@ P: Options = {"type": float, "metavar": "P"}
 FOLDER: Options = {"type": Path, "metavar": "FOLDER"}
 
 # A flag has the name and the default of its setting; None is told in its own words.
+OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
     **asdict(Models()),
-    "backsteps": None,
+    **dict.fromkeys(DEFAULT_WAY),
     "prompts": list(PROMPTS),
     "lora": [],
     "seed": 2024,
@@ -102,11 +102,15 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
     },
     "tempering": {
         "steps": (N, "denoising steps"),
-        "stoptime": (N, "interrupt after this many steps and look, 1..steps"),
+        "stoptime": (
+            N,
+            "interrupt after this many steps and look, 1..steps "
+            f"(default: {DEFAULT_WAY['stoptime']} {OF_STEPS})",
+        ),
         "backsteps": (
             N,
-            f"go back by this many steps, 0..stoptime (default: {Tempering.backsteps}, or stoptime "
-            "where that is less)",
+            "go back by this many steps, 0..stoptime "
+            f"(default: {DEFAULT_WAY['backsteps']} {OF_STEPS}, stoptime at most)",
         ),
         "k": (X, "how fast uncertainty turns into fresh noise; 0 adds none"),
         "uncertainty": (
@@ -117,7 +121,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "cfg_rescale": (X, "fresh noise in tenths of what the schedule expects"),
         "rounds": (N, "times to go back, look again and keep the better; 1 does not look again"),
         "accept": (X, "with rounds: an energy that is low enough to stop at"),
-        "early_look": (N, "with rounds: look after this many steps, too; 0 does not"),
+        "early_look": (
+            N,
+            "with rounds: look after this many steps, too; 0 does not "
+            f"(default: {DEFAULT_WAY['early_look']} {OF_STEPS})",
+        ),
         "early_accept": (
             X,
             "with rounds: above this energy a picture goes no further than the early look",
@@ -149,7 +157,7 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         ),
         "vae": (NAME, "Hub id, folder or file (default: the model's)"),
         "lora": (
-            {"action": Repeated, "metavar": "NAME[:WEIGHT]"},
+            {"action": "append", "metavar": "NAME[:WEIGHT]"},
             "Hub id, Hub id/file, folder or file; may be given several times",
         ),
         "t5": (
@@ -190,6 +198,10 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "resume": (FOLDER, "go on with an interrupted evaluation"),
     },
 }
+
+
+OPTIONS = {name: options for flags in FLAGS.values() for name, (options, _) in flags.items()}
+Arguments = dict[str, Any]  # by the names of the flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -235,43 +247,111 @@ def run(words: Sequence[str]) -> None:
             f"{error.name} is not installed in this Python: start with `python init.py` and the "
             "same flags, or activate .venv"
         ) from error
-    with loaders.memory_errors():
+    with memory_errors():
         flow_module.run(request)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments; those of an earlier run (--repeat, --resume) stand in for flags not given."""
-    args = parser().parse_args(words)
-    if args.repeat and args.resume:
+    whole, blank = vars(parser().parse_args(words)), parser()
+    blank.set_defaults(**dict.fromkeys(whole))
+    typed = vars(blank.parse_args(words))
+    given = {name: value for name, value in typed.items() if value is not None}
+    check_working_directory()
+    stored: Arguments = {}
+    if "repeat" in given and "resume" in given:
         raise InputError("--repeat and --resume exclude each other, got both")
-    if not (args.repeat or args.resume):
-        return args
-    stored = stored_arguments(args.repeat or args.resume / "run.json")
-    if args.resume and not (stored.get("evaluate") and not args.tempered_inference):
-        raise InputError(f"--resume must name the folder of an evaluation, got {args.resume}")
-    if any(getattr(args, flow) for flow in FLOWS):
+    if "repeat" in given:
+        stored = follow_steps(stored_arguments(given["repeat"]), given)
+    if "resume" in given:
+        stored = resumed_arguments(given["resume"], given)
+    if not given.keys().isdisjoint(FLOWS):
         stored = {name: value for name, value in stored.items() if name not in FLOWS}
-    repeated = parser()
-    repeated.set_defaults(**stored)
-    args = repeated.parse_args(words)
-    changed = [
-        name
-        for name in stored
-        if name not in FREE_ON_RESUME and getattr(args, name) != stored[name]
-    ]
-    if args.resume and changed:
-        raise InputError(f"--resume must keep the run's own --{changed[0]} {stored[changed[0]]!r}")
-    return args
+    blind = "resume" in given and not stored
+    return argparse.Namespace(**{**whole, **stored, **given}, blind=blind)
 
 
-def stored_arguments(path: Path) -> dict[str, Any]:
-    """The flags of an earlier run, from its run.json."""
+def check_working_directory() -> None:
+    """Raise InputError where it was deleted: no relative path means anything there."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-        known = vars(parser().parse_args([]))
-        return {name: stored[name] for name in stored.keys() & known}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"needs the run.json of an earlier run, got {path} ({error})") from error
+        Path.cwd()
+    except OSError as error:
+        raise InputError("the working directory must exist, this one was deleted") from error
+
+
+def stored_arguments(path: Path) -> Arguments:
+    """The flags of an earlier run that belong to its picture, from its run.json, as if typed.
+
+    Raises InputError for a file that is none, and for a value that its flag would not take.
+    """
+    try:
+        stored = read_json(path).get("arguments")
+        if not isinstance(stored, dict):
+            raise InputError("it holds no arguments")
+        names = [name for name in OPTIONS if name in stored and name not in OF_THE_CALL]
+        reader = parser()
+        return {name: as_typed(reader, name, stored[name]) for name in names}
+    except InputError as error:
+        raise InputError(f"needs the run.json of an earlier run, got {path}: {error}") from error
+
+
+def as_typed(reader: Parser, name: str, value: object) -> Any:
+    """A stored value as its flag would give it. Raises InputError for what it would not take."""
+    options = OPTIONS[name]
+    if value is None and DEFAULTS.get(name, ...) is None:
+        return None
+    if "nargs" in options or options.get("action") == "append":
+        fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        kind = "a list of texts"
+    elif "action" in options:
+        kind, fits = "true or false", isinstance(value, bool)
+    elif "type" in options:
+        kind, fits = "a number", type(value) in (int, float, str)
+    else:
+        kind, fits = "a text", isinstance(value, str)
+    if not fits:
+        shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
+        raise InputError(f"{name} must be {kind}, got {shown}")
+    if "action" in options or "nargs" in options:
+        return value
+    return getattr(reader.parse_args([f"--{name}={value}"]), name)
+
+
+def follow_steps(stored: Arguments, given: Arguments) -> Arguments:
+    """The stored flags; where other steps are given, those that follow them keep their share."""
+    before, now = stored.get("steps"), given.get("steps")
+    if not (before and now):
+        return stored
+    following = [name for name in DEFAULT_WAY if stored.get(name) is not None]
+    return {**stored, **{name: in_proportion(stored[name], before, now) for name in following}}
+
+
+def resumed_arguments(folder: Path, given: Arguments) -> Arguments:
+    """The flags of the evaluation in `folder`, which must stay as they are.
+
+    None where its run.json is damaged but all of them are given: the cycles tell whether they are.
+    """
+    try:
+        stored = stored_arguments(folder / "run.json")
+    except InputError as error:
+        try:
+            worth = any(folder.glob("cycles*.jsonl"))
+        except OSError:  # a name that no folder can have
+            worth = False
+        if not worth:
+            raise
+        if "evaluate" in given:
+            return {}
+        raise InputError(
+            f"{error}; --resume goes on without it where all flags of the first call are given "
+            "again, --evaluate among them"
+        ) from error
+    if not stored.get("evaluate") or "tempered_inference" in given:
+        raise InputError(f"--resume must name the folder of an evaluation, got {folder}")
+    for name, value in stored.items():
+        if name not in FREE_ON_RESUME and given.get(name, value) != value:
+            raise InputError(f"--resume must keep the run's own --{name} {value!r}")
+    return stored
 
 
 def chosen_flow(args: argparse.Namespace) -> str:
@@ -286,21 +366,25 @@ def chosen_flow(args: argparse.Namespace) -> str:
 
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
-    values = {**vars(args), "lora": tuple(args.lora)}
-    if args.backsteps is None:
-        values["backsteps"] = min(Tempering.backsteps, args.stoptime)
+    settings = Tempering(**{field.name: getattr(args, field.name) for field in fields(Tempering)})
+    values = {**vars(args), **asdict(settings), "lora": tuple(args.lora)}
     request = Request(
         prompts=tuple(args.prompts),
-        settings=Tempering(**{field.name: values[field.name] for field in fields(Tempering)}),
+        settings=settings,
         models=Models(**{field.name: values[field.name] for field in fields(Models)}),
         seed=args.seed,
         output=args.output,
         begun=datetime.now(),
-        arguments={name: value for name, value in values.items() if name not in OF_THE_CALL},
+        arguments={
+            name: value
+            for name, value in values.items()
+            if name in OPTIONS and name not in OF_THE_CALL
+        },
         compare=args.compare,
         evaluate=args.evaluate,
         cycles=args.cycles,
         resume=args.resume,
+        blind=args.blind,
     )
     check_models(request.models)
     check_writable(args.resume or args.output)
@@ -351,5 +435,20 @@ def shown(default: object, text: str) -> str:
     return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
 
 
+def heed_signals() -> None:
+    """Let what ends a job (docker stop, slurm, torchrun, a closed terminal) do as Ctrl-C does."""
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
+            signal.signal(number, interrupt)
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt, once: launchers send a signal to the group and to each process."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(main())

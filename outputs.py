@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 WINDOWS_RESERVED = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")
 
+LARGEST_JSON = 10_000_000  # bytes; a run.json has some thousand
+
 
 def check_writable(folder: Path) -> None:
     """Raise InputError where run folders could not be made in `folder`, which need not exist yet.
@@ -179,6 +181,8 @@ def append_json_line(path: Path, value: object) -> None:
     """
     line = _utf8(_json(_plain(value)) + "\n")
     with _disk_errors(path, "the lines before it are kept"):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is not a file")
         start = _unfinished(path)
         with path.open("ab") as file:
             if start is not None:
@@ -188,11 +192,66 @@ def append_json_line(path: Path, value: object) -> None:
             os.fsync(file.fileno())
 
 
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Hold a lock file while the block runs, or until this process is killed; then it is removed.
+
+    Raises ResourceError, which says `taken`, where another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0)
+    with _disk_errors(path, "nothing was changed"):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ResourceError(f"{taken} ({_line(path)} is locked)") from error
+        except (
+            NotImplementedError
+        ):  # some network file systems have no locks: as if there were none
+            pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.release()
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed run has left in `folder`."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+            remove = path.rmdir if path.is_dir() else path.unlink
+            with suppress(OSError):
+                remove()
+
+
 def _unfinished(path: Path) -> int | None:
     """Where half a line begins at the end of a JSON-lines file, None where there is none."""
     data = path.read_bytes() if path.is_file() else b""
     last = data[data.rfind(b"\n") + 1 :]
     return len(data) - len(last) if last else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of at most LARGEST_JSON bytes.
+
+    Raises InputError, at once, for what is no such file: a pipe or a device is not even opened.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("is not a file" if path.exists() else "does not exist")
+        with path.open("rb") as file:
+            data = file.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            raise ValueError(f"has more than {LARGEST_JSON:,} bytes")
+        value = json.loads(data.decode("utf-8-sig"))  # Notepad begins files with a mark
+        if not isinstance(value, dict):
+            raise ValueError("holds no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{_line(path)} can not be read as JSON: {_line(error)}") from error
+    return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -205,7 +264,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     found = []
     for line in lines:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             found.append(json.loads(line.decode()))
     return [value for value in found if isinstance(value, dict)]
 

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 
-from errors import InputError, one_line
+from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
 from settings import Tempering
 
@@ -43,7 +43,7 @@ class Sampler:
             settings = replace(settings, guidance_scale=family.guidance_scale)
         self.family = family
         self.settings = settings
-        with torch.no_grad():
+        with torch.no_grad(), blaming("the text encoder"):
             self.conditionings = family.encode(
                 prompts, settings.negative_prompt, settings.guidance_scale
             )
@@ -88,7 +88,8 @@ class Sampler:
         given = self.conditionings
         conditioning = {name: torch.cat([each[name][rows] for each in given]) for name in given[0]}
         latents = torch.cat(inputs * len(given))
-        output = self.family.predict(latents, branches[0].timestep, conditioning)
+        with blaming("the denoiser"):
+            output = self.family.predict(latents, branches[0].timestep, conditioning)
         outputs = output.chunk(len(given))
         guided = self.guide(outputs, self.settings.guidance_scale)
         for i, (branch, x) in enumerate(zip(branches, inputs, strict=True)):
@@ -126,11 +127,13 @@ class Sampler:
         """Pictures of the last evaluations' x0, by the VAE or by the linear map."""
         x0 = torch.cat([self.prediction(branch, guidance_scale)[0] for branch in branches])
         by_vae = self.settings.preview == "vae"
-        return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
+        with blaming("the VAE"):
+            return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
 
     def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
         """The pictures of branches that are denoised to the end."""
-        return self.family.decode(torch.cat([branch.latents for branch in branches]))
+        with blaming("the VAE"):
+            return self.family.decode(torch.cat([branch.latents for branch in branches]))
 
     def noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype) -> Tensor:
         """Noise of unit variance."""
@@ -153,21 +156,22 @@ class Sampler:
     def schedule(self) -> Any:
         """A fresh scheduler of the pipeline's class and settings, with the run's timesteps."""
         own = self.family.pipe.scheduler
-        scheduler = type(own).from_config(own.config)
-        name, config, steps = type(own).__name__, scheduler.config, self.settings.steps
-        if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps:
-            raise InputError("PNDM must be used with skip_prk_steps=True, got False")
-        if "sigma_data" in config:  # x is scaled in another way, which no family's models know
-            raise InputError(f"the scheduler must not be one of EDM, got {name}")
-        options = {}
-        if config.get("use_dynamic_shifting"):
-            options["mu"] = self.family.shift(config, self.shape)
-        try:
-            scheduler.set_timesteps(steps, device=self.family.device, **options)
-        except ValueError as error:
-            text = f"steps must be a number that {name} can take, got {steps}"
-            raise InputError(f"{text} ({one_line(error)})") from error
-        return scheduler
+        with blaming("the scheduler"):
+            scheduler = type(own).from_config(own.config)
+            name, config, steps = type(own).__name__, scheduler.config, self.settings.steps
+            if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps:
+                raise InputError("PNDM must be used with skip_prk_steps=True, got False")
+            if "sigma_data" in config:  # x is scaled in another way, which no family's models know
+                raise InputError(f"the scheduler must not be one of EDM, got {name}")
+            options = {}
+            if config.get("use_dynamic_shifting"):
+                options["mu"] = self.family.shift(config, self.shape)
+            try:
+                scheduler.set_timesteps(steps, device=self.family.device, **options)
+            except ValueError as error:
+                text = f"steps must be a number that {name} can take, got {steps}"
+                raise InputError(f"{text} ({one_line(error)})") from error
+            return scheduler
 
 
 class Branch:
@@ -219,9 +223,10 @@ class Branch:
     def step(self, x: Tensor, outputs: Sequence[Tensor], guided: Tensor) -> None:
         """One scheduler step by `guided`, which guidance has made of the `outputs` for `x`."""
         self._last = x, outputs
-        self.latents = self.scheduler.step(
-            guided, self.timestep, self.latents, **self._options, return_dict=False
-        )[0]
+        with blaming("the scheduler"):
+            self.latents = self.scheduler.step(
+                guided, self.timestep, self.latents, **self._options, return_dict=False
+            )[0]
         self.evaluations += 1
 
     def clean_and_noise(self, output: Tensor) -> tuple[Tensor, Tensor]:

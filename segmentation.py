@@ -24,6 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from errors import raise_not_finite
+
 if TYPE_CHECKING:
     from transformers import CLIPSegForImageSegmentation, CLIPSegProcessor
 
@@ -84,6 +86,7 @@ def segment(clipseg: ClipSeg, images: Sequence[Image.Image], embeddings: Tensor)
 
     `embeddings` is (B, C, D): the classes of each of the B images. The vision tower, whose output
     does not depend on the prompts, runs once an image; only the small decoder runs once a class.
+    Raises ModelError for probabilities that are not finite.
     """
     model = clipseg.model
     pixels = clipseg.processor.image_processor(list(images), return_tensors="pt").pixel_values
@@ -96,6 +99,10 @@ def segment(clipseg: ClipSeg, images: Sequence[Image.Image], embeddings: Tensor)
         for i in model.extract_layers
     ]
     logits = model.decoder(layers, embeddings.flatten(0, 1)).logits  # (B * C, H, W)
+    if not logits.isfinite().all():
+        wider = "another --clipseg" if model.dtype == torch.float32 else "--dtype fp32"
+        advice = f"in {str(model.dtype).removeprefix('torch.')}; {wider} may help"
+        raise_not_finite("what CLIPSeg sees", {"CLIPSeg": model}, advice)
     return logits.float().sigmoid().unflatten(0, embeddings.shape[:2]).cpu()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import outputs
+from errors import blaming
 from families import Reader, family_of
 from hub import POCKET
 from loaders import (
@@ -165,7 +166,8 @@ def open_session(request: Request, device: str | None = None) -> Session:
     clipseg = load_clipseg(
         clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
     )
-    warn_of_cuts(pipe, clipseg, request)
+    with blaming("a tokenizer"):
+        warn_of_cuts(pipe, clipseg, request)
     painter = Painter(pipe, clipseg, [request.prompts], request.settings)
     return Session(
         request=request,

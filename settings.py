@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +21,13 @@ UNCERTAINTIES = ("class", "pixel")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
+# What may differ when an evaluation is resumed; anything else would mix two experiments.
+FREE_ON_RESUME = ("cycles", "device", "offload", "offline")
+DEFAULT_STEPS = 20
+# Where a picture of so many steps is tempered; of other numbers these are the same shares.
+DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
+# The default of these: it follows from the steps. Typed as the number that it becomes.
+IN_PROPORTION: Any = None
 # The default of what belongs to the model's family. Typed as what it becomes once that is known.
 OF_THE_FAMILY: Any = None
 
@@ -28,14 +36,14 @@ OF_THE_FAMILY: Any = None
 class Tempering:
     """How a picture is denoised and tempered. Raises InputError for a value out of its range."""
 
-    steps: int = 20  # denoising steps of a plain picture, 1..1000
-    stoptime: int = 15  # interrupt after this many steps, 1..steps
-    backsteps: int = 12  # go back by this many steps, 0..stoptime
+    steps: int = DEFAULT_STEPS  # denoising steps of a plain picture, 1..1000
+    stoptime: int = IN_PROPORTION  # interrupt after this many steps, 1..steps
+    backsteps: int = IN_PROPORTION  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
     rounds: int = 12  # of going back, looking and deciding; 1 goes back once, and takes what comes
     accept: float = 0.25  # with rounds: a picture of this energy or less is good enough
-    early_look: int = 6  # with rounds: a look after this many steps, too; from stoptime on: none
+    early_look: int = IN_PROPORTION  # with rounds: a look after so many, too; >= stoptime is none
     early_accept: float = 1.4  # with rounds: above this energy a picture goes no further than that
     temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
     cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
@@ -54,12 +62,15 @@ class Tempering:
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 1, MAX_STEPS, " (the steps of the model's own schedule)")
+        self._follow_steps("stoptime", self.steps)
         _whole("stoptime", self.stoptime, 1, self.steps, " (the number of steps)")
+        self._follow_steps("backsteps", self.stoptime)
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
         _whole("rounds", self.rounds, 1, None)
         _real("accept", self.accept, 0, math.inf)
+        self._follow_steps("early_look", self.steps)
         _whole("early_look", self.early_look, 0, None)
         _real("early_accept", self.early_accept, 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
@@ -72,8 +83,15 @@ class Tempering:
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
         _choice("preview", self.preview, PREVIEWS)
+        _text("negative_prompt", self.negative_prompt)
+        _text("joiner", self.joiner)
         for name in ("height", "width"):
             _size(name, getattr(self, name))
+
+    def _follow_steps(self, name: str, most: int) -> None:
+        if getattr(self, name) is IN_PROPORTION:
+            value = min(most, in_proportion(DEFAULT_WAY[name], DEFAULT_STEPS, self.steps))
+            object.__setattr__(self, name, value)  # how a frozen dataclass completes itself
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -114,6 +132,7 @@ class Request:
     evaluate: bool = False
     cycles: int = 1
     resume: Path | None = None
+    blind: bool = False  # resumed by flags alone, since its run.json is damaged
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
@@ -127,6 +146,11 @@ class Request:
         return self.settings.joiner.join(self.prompts)
 
 
+def in_proportion(part: int, whole: int, steps: int) -> int:
+    """As large a share of `steps` as `part` is of `whole`, in whole steps."""
+    return round(part * steps / whole)
+
+
 def check_prompts(prompts: Sequence[str]) -> None:
     """Raise InputError unless there is a prompt and none is empty."""
     if isinstance(prompts, str):
@@ -134,22 +158,33 @@ def check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise InputError("prompts must name at least one subject, got none")
     for number, prompt in enumerate(prompts, start=1):
+        _text(f"prompt {number}", prompt)
         if not prompt.strip():
             raise InputError(f"prompt {number} must not be empty, got {prompt!r}")
 
 
 def _whole(name: str, value: int, low: int, high: int | None, what: str = "") -> None:
     wrong_type = isinstance(value, bool) or not isinstance(value, int)
-    if wrong_type or value < low or (high is not None and value > high):
-        span = f"of at least {low}" if high is None else f"in {low}..{high}{what}"
+    largest = sys.maxsize if high is None else high  # what a range can count to
+    if wrong_type or not low <= value <= largest:
+        open_end = high is None and (wrong_type or value < low)
+        span = f"of at least {low}" if open_end else f"in {low}..{largest}{what}"
         raise InputError(f"{name} must be a whole number {span}, got {value!r}")
 
 
 def _real(name: str, value: float, low: float, high: float) -> None:
     wrong_type = isinstance(value, bool) or not isinstance(value, (int, float))
-    if wrong_type or not math.isfinite(value) or not low <= value <= high:
+    if wrong_type or not low <= value <= min(high, sys.float_info.max):  # false for NaN, too
         span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
         raise InputError(f"{name} must be a finite number {span}, got {value!r}")
+
+
+def _text(name: str, value: str) -> None:
+    """Raise InputError for no text, or for bytes that are none in the terminal's encoding."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InputError(f"{name} must be a text in UTF-8, got {value!r}") from error
 
 
 def _choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -158,5 +193,8 @@ def _choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _size(name: str, value: int | None) -> None:
-    if value is not None and (value < SIZE_FACTOR or value % SIZE_FACTOR):
+    if value is None:
+        return
+    wrong_type = isinstance(value, bool) or not isinstance(value, int)
+    if wrong_type or value < SIZE_FACTOR or value % SIZE_FACTOR or value > sys.maxsize:
         raise InputError(f"{name} must be a multiple of {SIZE_FACTOR} pixels, got {value!r}")

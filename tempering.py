@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
-from errors import InputError
+from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
+from errors import InputError, blaming
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
 from segmentation import ClipSeg, View, embed_prompts, segment, view_of
@@ -130,7 +130,8 @@ class Painter:
         joined = [settings.joiner.join(each) for each in prompts]
         self.sampler = Sampler(family_of(pipe), joined, settings)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
-        self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
+        with blaming("CLIPSeg"):
+            self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 
     @torch.no_grad()
     def temper(
@@ -247,9 +248,8 @@ class Painter:
         total = to_stop + to_the_end * compare
         if settings.rounds == 1:
             return total + evaluations(stop - settings.backsteps, end)
-        for number in range(1, settings.rounds + 1):
-            depth = cooled_depth(settings.backsteps, settings.cooling, number)
-            total += settings.candidates * evaluations(stop - depth, stop)
+        for depth, rounds in depths(settings.backsteps, settings.cooling, settings.rounds):
+            total += settings.candidates * rounds * evaluations(stop - depth, stop)
         # A picture that is left at the early look spares the way from there to `stoptime` (not with
         # `compare`, which paints it anyway); all candidates of one round may go it later.
         total += (settings.candidates - 1 + compare) * (to_stop - evaluations(0, early))
@@ -278,7 +278,8 @@ class Painter:
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
         """CLIPSeg's view of each image; `rows` says whose prompts (default: of all B in order)."""
         embeddings = self.embeddings if rows is None else self.embeddings[list(rows)]
-        found = segment(self.clipseg, images, embeddings)
+        with blaming("CLIPSeg"):
+            found = segment(self.clipseg, images, embeddings)
         return [
             view_of(image, probabilities, self.settings.threshold)
             for image, probabilities in zip(images, found, strict=True)

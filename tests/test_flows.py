@@ -236,7 +236,7 @@ def test_rounds_are_told_in_run_json_and_on_the_picture(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_is_good_enough_is_plain(tmp_path: Path) -> None:
-    content = ("--rounds", "5", "--accept", "100")
+    content = ("--rounds", "5", "--accept", "100", "--early_look", "0")
     done = call(PAINT, *FEW, *content, "--compare", "--output", str(tmp_path))
     assert done.code == 0
     assert done.run["rounds"] == []

@@ -193,13 +193,14 @@ def test_update_with_another_flow_is_the_users_mistake(tmp_path: Path, flow: str
     assert not (house / ".venv").exists()
 
 
-@pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0)])
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 6, 9), (3, 9, 18), (3, 14, 0)])
 def test_unsupported_python_is_refused_in_one_line(
     tmp_path: Path, version: tuple[int, int, int]
 ) -> None:
     house = house_at(tmp_path / "house")
     pretend = (
-        f"import runpy, sys; sys.version_info = {(*version, 'final', 0)};"
+        f"import pkgutil, runpy, sys; sys.version_info = {(*version, 'final', 0)};"
+        f"sys.modules.update(dict.fromkeys(['pathlib'] if {version} < (3,) else []));"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     done = subprocess.run(
@@ -216,7 +217,31 @@ def test_unsupported_python_is_refused_in_one_line(
 
 
 def test_an_unsupported_python_can_read_init() -> None:
-    ast.parse(Path(init.__file__).read_text(encoding="utf-8"), feature_version=(3, 7))
+    """Nothing in it is newer than Python 2.7, as far as a newer Python's parser can tell."""
+    text = Path(init.__file__).read_text(encoding="ascii")  # 2.7 takes no other bytes
+    tree = ast.parse(text, feature_version=(3, 4))
+    assert [ast.unparse(node) for node in ast.walk(tree) if is_newer_than_2_7(node)] == []
+
+
+def is_newer_than_2_7(node: ast.AST) -> bool:
+    """Whether Python 2.7 has no syntax for it; what Python 3.4 has none for is not looked for."""
+    if isinstance(node, ast.arguments):
+        everyone = [*node.args, node.vararg, node.kwarg]
+        return bool(node.kwonlyargs) or any(each and each.annotation for each in everyone)
+    if isinstance(node, ast.FunctionDef):
+        return node.returns is not None
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        return any(isinstance(element, ast.Starred) for element in node.elts)
+    if isinstance(node, ast.Call):
+        starred = [isinstance(argument, ast.Starred) for argument in node.args]
+        return any(starred[:-1]) or [each.arg for each in node.keywords].count(None) > 1
+    if isinstance(node, ast.Dict):
+        return None in node.keys
+    if isinstance(node, ast.ClassDef):
+        return bool(node.keywords)
+    if isinstance(node, ast.Raise):
+        return node.cause is not None
+    return isinstance(node, (ast.JoinedStr, ast.AnnAssign, ast.Nonlocal, ast.YieldFrom))
 
 
 def test_failed_pip_leaves_no_stamp_and_says_what_to_do(ready: Path) -> None:
@@ -371,7 +396,8 @@ def test_test_flag_installs_what_tests_need_and_runs_them(house: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
-def test_interrupted_installation_leaves_no_stamp(ready: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupted_installation_leaves_no_stamp(name: str, ready: Path) -> None:
     (ready / "slow").mkdir()
     (ready / "slow" / "pyproject.toml").write_text(
         '[build-system]\nrequires = []\nbuild-backend = "slow"\nbackend-path = ["."]\n'
@@ -397,7 +423,7 @@ def test_interrupted_installation_leaves_no_stamp(ready: Path) -> None:
         while not (ready / "building").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+        os.killpg(process.pid, getattr(signal, name))  # as a terminal does on Ctrl-C
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

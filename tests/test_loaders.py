@@ -17,7 +17,7 @@ from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
 from safetensors.torch import load_file, save_file
 
 import loaders
-from errors import InputError, ModelError, ResourceError
+from errors import InputError, ModelError, ResourceError, memory_errors
 from hub import CLIPSEG, POCKET, resolve
 from kinds import STABLE_DIFFUSION
 from loaders import (
@@ -26,7 +26,6 @@ from loaders import (
     clipseg_for,
     load_clipseg,
     load_pipeline,
-    memory_errors,
     model_name,
     pick_device,
     pick_dtype,
