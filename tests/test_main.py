@@ -18,6 +18,7 @@ import torch
 
 import hub
 import inference
+import kinds
 import loaders
 import main
 import sampling
@@ -404,11 +405,13 @@ def test_the_defaults_of_readme_are_the_parsers(name: str) -> None:
         flag, default = action.option_strings[0], action.default
         flag = "--help" if flag == "-h" else flag
         if flag == "--model":
-            assert table[flag] == hub.STABLE_DIFFUSION
+            assert table[flag] == kinds.STABLE_DIFFUSION
         elif flag == "--clipseg":
             assert table[flag] == hub.CLIPSEG
-        elif default is False or default == "":
+        elif default is False or default in ("", []):
             assert table[flag] == "", flag
+        elif default is True:
+            assert table[flag] == "on", flag
         elif action.dest not in ("help", "version") and default is not None:
             values = default if isinstance(default, list) else [default]
             kind = action.type if callable(action.type) else str
