@@ -5,17 +5,19 @@
 | x      | x, latents     | (B, channels, h, w), as the denoiser takes them                   |
 | x0     | x0             | clean latents that the denoiser predicts from x                   |
 | eps    | eps            | noise that the denoiser predicts: x = alpha x0 + sigma eps        |
-| alpha  | alpha          | signal scale at a timestep, sqrt(alphas_cumprod)                  |
-| sigma  | sigma          | noise scale, sqrt(1 - alphas_cumprod)                             |
+| alpha  | alpha          | signal scale at a timestep: sqrt(alphas_cumprod), on flows 1 - sigma |
+| sigma  | sigma          | noise scale: sqrt(1 - alphas_cumprod), on flows the scheduler's sigma |
+| v      | output         | what denoisers of v_prediction and of flows predict               |
 | g      | guidance_scale | weight of classifier-free guidance (sampling.py)                  |
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -54,11 +56,21 @@ LINEAR_MAPS = {
 }
 
 
+class Reader(NamedTuple):
+    """A tokenizer that reads the prompts, and how much of them counts."""
+
+    name: str
+    tokenizer: Any
+    limit: int  # tokens
+
+
 class Family(ABC):
     """One of diffusers' pipelines, asked in the same words whatever its family.
 
     A family says how it encodes prompts, predicts, and decodes; it knows no schedule.
     """
+
+    upcasts_vae = False  # to float32 for decoding, where float16 would overflow in it
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -69,30 +81,92 @@ class Family(ABC):
     def denoiser(self) -> Any:
         """The network that predicts, with its configuration."""
 
-    @abstractmethod
-    def encode(self, prompts: Sequence[str], negative_prompt: str | None) -> list[Conditioning]:
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        """Where the parts meet: what, as one part has it, and as another needs it."""
+        denoiser, vae = self.denoiser.config, self.pipe.vae.config
+        return [
+            ("channels of the VAE's latents", vae.latent_channels, denoiser.in_channels),
+            ("channels of the VAE's pictures", vae.out_channels, 3),
+            ("channels that the denoiser gives", denoiser.out_channels, denoiser.in_channels),
+        ]
+
+    @property
+    def guidance_scale(self) -> float:
+        """What guidance is where the user does not say: diffusers' own."""
+        return 7.5
+
+    @property
+    def readers(self) -> list[Reader]:
+        """Who reads the prompts."""
+        clips = [self.pipe.tokenizer, getattr(self.pipe, "tokenizer_2", None)]
+        return [
+            Reader("Stable Diffusion's CLIP", each, each.model_max_length) for each in clips if each
+        ]
+
+    def mixes(self, guidance_scale: float) -> bool:
+        """Whether guidance of this scale mixes two outputs of the denoiser, as in diffusers.
+
+        Not where it is off, and not where the denoiser was distilled to be told the scale (LCM:
+        Luo et al. 2023, arXiv:2310.04378).
+        """
+        return guidance_scale > 1 and not self._guidance_width
+
+    def encode(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float
+    ) -> list[Conditioning]:
         """What guidance mixes, a row for each prompt: of the negative prompt, then of the prompts.
 
-        Of the prompts alone where `negative_prompt` is None, which is to say without guidance.
+        Of the prompts alone where guidance mixes nothing.
         """
+        # None, not "": some families have zeros in place of a prompt that was not given.
+        negative = [negative_prompt] * len(prompts) if negative_prompt else None
+        found = self._embed(list(prompts), negative, self.mixes(guidance_scale))
+        if self._guidance_width:
+            told = torch.tensor(guidance_scale - 1).repeat(len(prompts))
+            embedded = self.pipe.get_guidance_scale_embedding(told, self._guidance_width)
+            for each in found:
+                each["timestep_cond"] = embedded.to(each["encoder_hidden_states"])
+        return found
+
+    @property
+    def _guidance_width(self) -> int | None:
+        return self.denoiser.config.get("time_cond_proj_dim")
+
+    @abstractmethod
+    def _embed(
+        self, prompts: list[str], negative: list[str] | None, guided: bool
+    ) -> list[Conditioning]:
+        """The same of the text alone; `guided` says whether the negative prompt is wanted."""
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output for `latents` (B, channels, h, w), of their shape."""
 
+    @property
+    def size_factor(self) -> int:
+        """Height and width of a picture are multiples of so many pixels."""
+        return self.pipe.vae_scale_factor
+
     def latents_shape(self, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """The latents' shape (1, channels, h, w) of one picture; None is the model's own size.
 
-        Raises InputError for a size that is no multiple of the VAE's factor.
+        Raises InputError for a size that is no multiple of the family's factor.
         """
         config, factor = self.denoiser.config, self.pipe.vae_scale_factor
         own = config.sample_size
         if not (height and width) and not (isinstance(own, int) and own > 0):
             raise InputError("height and width must be given: the model has no size of its own")
         height, width = height or own * factor, width or own * factor
-        if height % factor or width % factor:
-            raise InputError(f"sizes must be multiples of {factor} pixels, got {width}x{height}")
+        if height % self.size_factor or width % self.size_factor:
+            raise InputError(
+                f"sizes must be multiples of {self.size_factor} pixels, got {width}x{height}"
+            )
         return 1, config.in_channels, height // factor, width // factor
+
+    def shift(self, config: Mapping[str, Any], shape: Sequence[int]) -> float:
+        """mu of a scheduler whose noise levels follow the latents' `shape`; by its `config`."""
+        raise InputError("a scheduler must not use dynamic shifting with this family")
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of clean latents (B, channels, h, w), as diffusers' pipeline makes them.
@@ -100,8 +174,9 @@ class Family(ABC):
         Raises ModelError for pixels that are not finite, as damaged weights, overflows of fp16 and
         absurd settings give them.
         """
-        vae = self.pipe.vae
-        return self._pictures(decoded(vae, latents.to(vae.dtype), self.device))
+        with self._decoder() as vae:
+            pixels = decoded(vae, latents.to(vae.dtype), self.device)
+        return self._pictures(pixels)
 
     def decode_linearly(self, latents: Tensor) -> list[Image.Image]:
         """The same by a linear map instead of the VAE: blurred, at hardly any cost."""
@@ -111,7 +186,21 @@ class Family(ABC):
 
     @cached_property
     def _linear_map(self) -> Tensor:
-        return linear_map(self.pipe.vae, self.device)
+        with self._decoder() as vae:
+            return linear_map(vae, self.device)
+
+    @contextmanager
+    def _decoder(self) -> Iterator[Any]:
+        """The VAE, in float32 where its float16 overflows and the family knows it."""
+        vae = self.pipe.vae
+        if not (self.upcasts_vae and vae.dtype is torch.float16 and vae.config.force_upcast):
+            yield vae
+            return
+        vae.to(torch.float32)
+        try:
+            yield vae
+        finally:
+            vae.to(torch.float16)
 
     def _pictures(self, pixels: Tensor) -> list[Image.Image]:
         if not pixels.isfinite().all():
@@ -133,20 +222,157 @@ class StableDiffusion(Family):
     def denoiser(self) -> Any:
         return self.pipe.unet
 
-    def encode(self, prompts: Sequence[str], negative_prompt: str | None) -> list[Conditioning]:
-        guided = negative_prompt is not None
-        positive, negative = self.pipe.encode_prompt(
-            list(prompts), self.device, 1, guided, [negative_prompt] * len(prompts)
-        )
-        embeddings = [negative, positive] if guided else [positive]
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        width, needed = self.pipe.text_encoder.config.hidden_size, self.denoiser.config
+        return [
+            *super().joints,
+            ("width of the text encoder's output", width, needed.cross_attention_dim),
+        ]
+
+    def _embed(
+        self, prompts: list[str], negative: list[str] | None, guided: bool
+    ) -> list[Conditioning]:
+        positive, unwanted = self.pipe.encode_prompt(prompts, self.device, 1, guided, negative)
+        embeddings = [unwanted, positive] if guided else [positive]
         return [{"encoder_hidden_states": each} for each in embeddings]
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         return self.denoiser(latents, timestep, **conditioning, return_dict=False)[0]
 
 
+class StableDiffusionXL(Family):
+    """Stable Diffusion XL (Podell et al. 2023): a U-Net, told the picture's size, and two CLIPs."""
+
+    upcasts_vae = True
+
+    @property
+    def denoiser(self) -> Any:
+        return self.pipe.unet
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        clips = [self.pipe.text_encoder.config, self.pipe.text_encoder_2.config]
+        width, needed = sum(clip.hidden_size for clip in clips), self.denoiser.config
+        told = 6 * needed.addition_time_embed_dim + clips[1].projection_dim
+        return [
+            *super().joints,
+            ("width of the text encoders' output", width, needed.cross_attention_dim),
+            (
+                "width of size and pooled text",
+                told,
+                needed.projection_class_embeddings_input_dim,
+            ),
+        ]
+
+    @property
+    def guidance_scale(self) -> float:
+        return 5.0
+
+    def _embed(
+        self, prompts: list[str], negative: list[str] | None, guided: bool
+    ) -> list[Conditioning]:
+        encoded = self.pipe.encode_prompt(prompts, None, self.device, 1, guided, negative)
+        return _with_pooled(encoded, "text_embeds", guided)
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        given = dict(conditioning)
+        added = {
+            "text_embeds": given.pop("text_embeds"),
+            "time_ids": self._time_ids(latents).to(given["encoder_hidden_states"]),
+        }
+        return self.denoiser(
+            latents, timestep, **given, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+    def _time_ids(self, latents: Tensor) -> Tensor:
+        """Original size, upper left corner and size of the crop (B, 6): a whole picture."""
+        factor = self.pipe.vae_scale_factor
+        height, width = (side * factor for side in latents.shape[-2:])
+        return torch.tensor([[height, width, 0, 0, height, width]]).repeat(len(latents), 1)
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5 (Esser et al. 2024): an MM-DiT on flows, two CLIPs, perhaps T5."""
+
+    _T5_TOKENS = 256  # diffusers' pipeline reads no more, whatever the tokenizer allows
+
+    @property
+    def denoiser(self) -> Any:
+        return self.pipe.transformer
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        clips = [self.pipe.text_encoder.config, self.pipe.text_encoder_2.config]
+        t5, needed = self.pipe.text_encoder_3, self.denoiser.config
+        pooled = sum(clip.projection_dim for clip in clips)
+        read = (
+            [("width of T5's output", t5.config.d_model, needed.joint_attention_dim)] if t5 else []
+        )
+        return [
+            *super().joints,
+            ("width of the pooled text", pooled, needed.pooled_projection_dim),
+            *read,
+        ]
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of 3 diffusers' own; of 3.5, which alone normalises queries and keys, its card's."""
+        return 4.5 if self.denoiser.config.qk_norm else 7.0
+
+    @property
+    def readers(self) -> list[Reader]:
+        t5 = self.pipe.tokenizer_3
+        return [
+            *super().readers,
+            *([Reader("Stable Diffusion's T5", t5, self._T5_TOKENS)] if t5 else []),
+        ]
+
+    def _embed(
+        self, prompts: list[str], negative: list[str] | None, guided: bool
+    ) -> list[Conditioning]:
+        encoded = self.pipe.encode_prompt(prompts, None, None, self.device, 1, guided, negative)
+        return _with_pooled(encoded, "pooled_projections", guided)
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.denoiser(
+            latents, timestep=timestep.expand(len(latents)), **conditioning, return_dict=False
+        )[0]
+
+    @property
+    def size_factor(self) -> int:
+        return self.pipe.vae_scale_factor * self.denoiser.config.patch_size
+
+    def shift(self, config: Mapping[str, Any], shape: Sequence[int]) -> float:
+        # Not above: importing this pipeline takes a second, and warns of libraries of its own.
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+            calculate_shift,
+        )
+
+        patch = self.denoiser.config.patch_size
+        return calculate_shift(
+            (shape[-2] // patch) * (shape[-1] // patch),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.16),
+        )
+
+
+def _with_pooled(encoded: Sequence[Tensor], pooled_name: str, guided: bool) -> list[Conditioning]:
+    """The conditionings of what two text encoders or more make of prompts and negative prompts."""
+    positive, negative, pooled, negative_pooled = encoded
+    pairs = [(negative, negative_pooled), (positive, pooled)] if guided else [(positive, pooled)]
+    return [{"encoder_hidden_states": text, pooled_name: whole} for text, whole in pairs]
+
+
 # By the pipeline's class in diffusers, or one that it is derived from.
-FAMILIES: dict[str, type[Family]] = {"StableDiffusionPipeline": StableDiffusion}
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "LatentConsistencyModelPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+}
 
 
 def networks_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -160,7 +386,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     for ancestor in type(pipe).__mro__:
         if ancestor.__name__ in FAMILIES:
             return FAMILIES[ancestor.__name__](pipe)
-    raise InputError(f"the pipeline must be a {' or '.join(FAMILIES)}, got {type(pipe).__name__}")
+    raise InputError(f"the pipeline must be a {', '.join(FAMILIES)}, got {type(pipe).__name__}")
 
 
 def clean_and_noise(
@@ -169,9 +395,13 @@ def clean_and_noise(
     """x0 and eps, float32, from the denoiser's `output` for `x` by its prediction type `kind`.
 
     epsilon: x0 = (x - sigma eps) / alpha. v_prediction (Salimans & Ho 2022, arXiv:2202.00512):
-    x0 = alpha x - sigma v, eps = sigma x + alpha v. sample: x0 itself.
+    x0 = alpha x - sigma v, eps = sigma x + alpha v. sample: x0 itself. flow_prediction (Lipman et
+    al. 2022, arXiv:2210.02747; v = eps - x0, alpha = 1 - sigma): x0 = x - sigma v,
+    eps = x + alpha v.
     """
     x, output = x.float(), output.float()
+    if kind == "flow_prediction":
+        return x - sigma * output, x + alpha * output
     if kind == "v_prediction":
         return alpha * x - sigma * output, sigma * x + alpha * output
     if kind == "sample":
@@ -184,8 +414,11 @@ def decoded(vae: Any, latents: Tensor, device: torch.device | str) -> Tensor:
 
     `device` is where the VAE computes, which under offload is not where it is kept.
     """
-    scaled = (latents / vae.config.scaling_factor).to(device, vae.dtype)
-    return vae.decode(scaled, return_dict=False)[0]
+    config = vae.config
+    centred = latents / config.scaling_factor
+    if shift := getattr(config, "shift_factor", None):
+        centred = centred + shift
+    return vae.decode(centred.to(device, vae.dtype), return_dict=False)[0]
 
 
 def linear_map(vae: Any, device: torch.device | str) -> Tensor:

@@ -23,14 +23,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hub
+import kinds
 import loaders
+import loras
+import prompts
 from errors import InputError, TemperingError, memory_errors
 from outputs import check_writable, read_json
 from settings import (
     DEFAULT_STEPS,
     DEFAULT_WAY,
     FREE_ON_RESUME,
+    JUDGES,
     MAX_SEED,
+    NOBODY,
+    PREDICTION_TYPES,
     PREVIEWS,
     UNCERTAINTIES,
     VERSION,
@@ -58,6 +64,7 @@ examples:
 init.py installs what is missing and hands every flag on; `python init.py --test` runs the tests.
 """
 
+
 # How flags are read.
 Options = dict[str, Any]
 SWITCH: Options = {"action": "store_true", "default": False}
@@ -75,9 +82,13 @@ DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
     **asdict(Models()),
     **dict.fromkeys(DEFAULT_WAY),
-    "prompts": list(PROMPTS),
+    "prompts": None,
+    "prompts_file": None,
+    "lora": [],
     "seed": 2024,
     "cycles": 4,
+    "batch": None,
+    "judge": None,
     "output": Path("outputs"),
 }
 # Group -> flag -> how it is read, what it means.
@@ -88,7 +99,10 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "update": (SWITCH, "renew the installed libraries"),
     },
     "what to paint": {
-        "prompts": ({**TEXT, "nargs": "+"}, "one prompt a subject"),
+        "prompts": (
+            {**TEXT, "nargs": "+"},
+            f"one prompt a subject (default: {' '.join(map(repr, PROMPTS))})",
+        ),
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
@@ -128,7 +142,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "temperature": (X, "with rounds: makes keeping a worse picture likelier; 0 never"),
         "cooling": (X, "with rounds: each goes back so many times as far as the one before, 0..1"),
         "candidates": (N, "with rounds: pictures a round, of which the best counts"),
-        "guidance_scale": (X, "weight of the prompt; 1 or less switches guidance off"),
+        "guidance_scale": (
+            X,
+            "weight of the prompt; 1 or less switches guidance off (default: 7.5; XL: 5; 3: 7; "
+            "3.5: 4.5)",
+        ),
         "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
@@ -140,14 +158,33 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "model": (
             NAME,
             "Hub id, diffusers folder, .safetensors file, or pocket (the bundled model); default: "
-            f"{hub.STABLE_DIFFUSION}, or pocket where it can not be had",
+            f"{kinds.STABLE_DIFFUSION}, or pocket where it can not be had",
         ),
         "clipseg": (
             NAME,
             f"Hub id, folder or pocket (default: {hub.CLIPSEG}, or pocket with the pocket)",
         ),
         "vae": (NAME, "Hub id, folder or file (default: the model's)"),
-        "scheduler": (NAME, ", ".join(loaders.SCHEDULERS)),
+        "lora": (
+            {"action": "append", "metavar": "NAME[:WEIGHT]"},
+            "Hub id, Hub id/file, folder or file; may be given several times",
+        ),
+        "t5": (
+            {**EITHER, "default": True},
+            "read with Stable Diffusion 3's largest text encoder, too, where the model has it; "
+            "--no-t5 neither fetches nor loads it (default: on)",
+        ),
+        "scheduler": (
+            NAME,
+            f"{', '.join(loaders.SCHEDULERS)}; with Stable Diffusion 3 "
+            f"{', '.join(loaders.FLOW_SCHEDULERS)} (default: euler; of an LCM: lcm)",
+        ),
+        "prediction_type": (
+            {"choices": PREDICTION_TYPES},
+            "what the model predicts, where its configuration does not tell: of single files of "
+            "Stable Diffusion 2 it says v_prediction, which its 512 pixels model does not predict "
+            "(default: the model's)",
+        ),
         "offline": (EITHER, "use what is in the cache, never the network"),
     },
     "machine": {
@@ -162,12 +199,29 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
     "results": {
         "output": (FOLDER, "a folder a run is made in it"),
         "compare": (EITHER, "make the plain picture of the same seed too"),
-        "cycles": (N, "seeds to evaluate: seed, seed + 1, ..."),
         "repeat": (
             {**FOLDER, "metavar": "RUN.JSON"},
             "take every flag that is not given from an earlier run",
         ),
-        "resume": (FOLDER, "go on with an interrupted evaluation"),
+    },
+    "evaluations": {
+        "prompts_file": (
+            {"type": prompts.lasting, "metavar": "FILE_OR_NAME"},
+            "many prompts: a file with a prompt a line, its subjects separated by |, [name] heads "
+            f"of subsets and # comments; or {', '.join(prompts.names())}",
+        ),
+        "cycles": (N, "seeds of each prompt: seed, seed + 1, ..."),
+        "batch": (
+            N,
+            "pictures that share every U-Net call (default: 1 on the cpu, on a GPU what "
+            "its free memory has room for)",
+        ),
+        "judge": (
+            {**NAME, "nargs": "+"},
+            f"{', '.join(JUDGES)} or {NOBODY}: who says of the finished pictures whether they are "
+            f"all OK (default: pocket with the pocket, else {NOBODY})",
+        ),
+        "resume": (FOLDER, "go on with an interrupted evaluation, or judge a finished one"),
     },
 }
 
@@ -237,9 +291,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         stored = follow_steps(stored_arguments(given["repeat"]), given)
     if "resume" in given:
         stored = resumed_arguments(given["resume"], given)
+        given = {**given, "judge": more_judges(stored.get("judge"), given.get("judge"))}
+    blind = "resume" in given and not stored
     if not given.keys().isdisjoint(FLOWS):
         stored = {name: value for name, value in stored.items() if name not in FLOWS}
-    blind = "resume" in given and not stored
+    if {"prompts", "prompts_file"} <= given.keys():
+        raise InputError("--prompts and --prompts_file exclude each other, got both")
+    for one, other in (("prompts", "prompts_file"), ("prompts_file", "prompts")):
+        if one in given:
+            stored = {**stored, other: None}
     return argparse.Namespace(**{**whole, **stored, **given}, blind=blind)
 
 
@@ -272,11 +332,11 @@ def as_typed(reader: Parser, name: str, value: object) -> Any:
     options = OPTIONS[name]
     if value is None and DEFAULTS.get(name, ...) is None:
         return None
-    if "action" in options:
-        kind, fits = "true or false", isinstance(value, bool)
-    elif "nargs" in options:
+    if "nargs" in options or options.get("action") == "append":
         fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
         kind = "a list of texts"
+    elif "action" in options:
+        kind, fits = "true or false", isinstance(value, bool)
     elif "type" in options:
         kind, fits = "a number", type(value) in (int, float, str)
     else:
@@ -326,6 +386,13 @@ def resumed_arguments(folder: Path, given: Arguments) -> Arguments:
     return stored
 
 
+def more_judges(stored: list[str] | None, given: list[str] | None) -> list[str] | None:
+    """The judges of a resumed evaluation: its own, and those that this call adds."""
+    if not given or NOBODY in given:
+        return given or stored
+    return list(dict.fromkeys([*(name for name in stored or [] if name != NOBODY), *given]))
+
+
 def chosen_flow(args: argparse.Namespace) -> str:
     """The one flow that is asked for."""
     flows = [flow for flow in FLOWS if getattr(args, flow)]
@@ -339,9 +406,13 @@ def chosen_flow(args: argparse.Namespace) -> str:
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
     settings = Tempering(**{field.name: getattr(args, field.name) for field in fields(Tempering)})
-    values = {**vars(args), **asdict(settings)}
+    if args.prompts_file and not args.evaluate:
+        raise InputError("--prompts_file is for --evaluate, got it without")
+    asked = asked_set(args)
+    args.prompts = None if asked else args.prompts or list(PROMPTS)
+    values = {**vars(args), **asdict(settings), "lora": tuple(args.lora)}
     request = Request(
-        prompts=tuple(args.prompts),
+        prompts=tuple(args.prompts or asked[0].subjects),
         settings=settings,
         models=Models(**{field.name: values[field.name] for field in fields(Models)}),
         seed=args.seed,
@@ -355,6 +426,10 @@ def to_request(args: argparse.Namespace) -> Request:
         compare=args.compare,
         evaluate=args.evaluate,
         cycles=args.cycles,
+        prompt_set=asked,
+        set_name=Path(args.prompts_file).stem if asked else None,
+        batch=args.batch,
+        judges=None if args.judge is None else tuple(args.judge),
         resume=args.resume,
         blind=args.blind,
     )
@@ -363,16 +438,29 @@ def to_request(args: argparse.Namespace) -> Request:
     return request
 
 
+def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
+    """The prompt set of an evaluation; of a resumed one as it was, whatever became of its file."""
+    if not args.prompts_file:
+        return ()
+    kept = args.resume and args.resume / prompts.KEPT
+    return tuple(
+        prompts.load(str(kept) if kept and kept.exists() else args.prompts_file, args.joiner)
+    )
+
+
 def check_models(models: Models) -> None:
     """Raise InputError for names that can not mean a model or a scheduler."""
-    loaders.scheduler_name(models.scheduler)
+    if models.scheduler is not None:
+        loaders.scheduler_name(models.scheduler)
     for name, kind in (
-        (models.model, hub.MODEL),
-        (models.clipseg, hub.SEGMENTER),
-        (models.vae, hub.VAE),
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
+        (models.clipseg, kinds.SEGMENTER),
+        (models.vae, kinds.VAE),
     ):
         if name is not None:
             hub.check(name, kind)
+    for lora in models.lora:
+        loras.check(lora)
 
 
 def parser() -> Parser:
@@ -399,7 +487,7 @@ def parser() -> Parser:
 
 def shown(default: object, text: str) -> str:
     """How a flag's help ends: with its default, where it has one and does not tell it itself."""
-    if default is None or default is False or default == "" or "(default" in text:
+    if default is None or default is False or default in ("", []) or "(default" in text:
         return ""
     return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Generator, Tensor
 
-from errors import InputError, blaming
+from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
 from settings import Tempering
 
 Progress = Callable[[int], object]  # is called with the number of denoiser calls just made
+FLOW = "flow_prediction"  # a prediction type, and the schedule that goes with it
 
 
 def unheard(calls: int) -> None:
@@ -36,33 +39,33 @@ class Sampler:
     """
 
     def __init__(self, family: Family, prompts: Sequence[str], settings: Tempering) -> None:
+        if settings.guidance_scale is None:
+            settings = replace(settings, guidance_scale=family.guidance_scale)
         self.family = family
         self.settings = settings
-        guided = settings.guidance_scale > 1  # as in diffusers' pipelines
         with torch.no_grad(), blaming("the text encoder"):
             self.conditionings = family.encode(
-                prompts, settings.negative_prompt if guided else None
+                prompts, settings.negative_prompt, settings.guidance_scale
             )
 
-    def start(self, seeds: Sequence[int]) -> list[Branch]:
+    def start(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> list[Branch]:
         """A branch a seed, of pure noise as diffusers' pipeline draws it from a CPU generator.
 
-        Raises InputError for seeds that are not as many as the batch's pictures, and for a size
-        that the family does not paint.
+        `rows` says of which text each is (default: of all in order). Raises InputError for seeds
+        that are not as many as rows, and for a size that the family does not paint.
         """
         embeddings = self.conditionings[0]["encoder_hidden_states"]
-        batch = len(embeddings)
-        if len(seeds) != batch:
+        rows = range(len(embeddings)) if rows is None else rows
+        if len(seeds) != len(rows):
             raise InputError(
-                f"a batch must have {batch} seed{'s' * (batch > 1)}, one a list of prompts, got "
-                f"{len(seeds)}"
+                f"a batch must have {len(rows)} seed{'s' * (len(rows) > 1)}, one a list of "
+                f"prompts, got {len(seeds)}"
             )
-        shape = self.family.latents_shape(self.settings.height, self.settings.width)
         branches = []
-        for row, seed in enumerate(seeds):
+        for row, seed in zip(rows, seeds, strict=True):
             branch = self.branch(row, 0, Generator().manual_seed(seed))
-            noise = self.noise(shape, branch.generator, embeddings.dtype)
-            branch.latents = noise * branch.scheduler.init_noise_sigma
+            noise = self.noise(self.shape, branch.generator, embeddings.dtype)
+            branch.latents = noise * getattr(branch.scheduler, "init_noise_sigma", 1)
             branches.append(branch)
         return branches
 
@@ -115,8 +118,9 @@ class Sampler:
         if not len(back.timesteps):  # no step is undone: there is no noise left
             back.latents = branch.latents
             return back
-        latents = back.scheduler.add_noise(x0, noise, back.timesteps[:1])
-        back.latents = latents.to(branch.latents.dtype)
+        back.latents = noised(back.scheduler, x0, noise, back.timesteps[:1]).to(
+            branch.latents.dtype
+        )
         return back
 
     def preview(self, branches: Sequence[Branch], guidance_scale: float) -> list[Image.Image]:
@@ -136,19 +140,38 @@ class Sampler:
         device = self.family.device
         return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
 
+    @cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The latents' shape of one picture, (1, channels, h, w)."""
+        return self.family.latents_shape(self.settings.height, self.settings.width)
+
     def evaluations(self, first: int, until: int) -> int:
         """How many evaluations take a branch from step `first` to step `until`."""
         return self.branch(0, first, Generator()).evaluations_until(until)
 
     def branch(self, row: int, step: int, generator: Generator) -> Branch:
         """A branch of picture `row` of the batch from `step` on; its latents are to be set."""
+        return Branch(self.schedule(), row, step, generator)
+
+    def schedule(self) -> Any:
+        """A fresh scheduler of the pipeline's class and settings, with the run's timesteps."""
         own = self.family.pipe.scheduler
         with blaming("the scheduler"):
             scheduler = type(own).from_config(own.config)
-            if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps:
+            name, config, steps = type(own).__name__, scheduler.config, self.settings.steps
+            if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps:
                 raise InputError("PNDM must be used with skip_prk_steps=True, got False")
-            scheduler.set_timesteps(self.settings.steps, device=self.family.device)
-            return Branch(scheduler, row, step, generator)
+            if "sigma_data" in config:  # x is scaled in another way, which no family's models know
+                raise InputError(f"the scheduler must not be one of EDM, got {name}")
+            options = {}
+            if config.get("use_dynamic_shifting"):
+                options["mu"] = self.family.shift(config, self.shape)
+            try:
+                scheduler.set_timesteps(steps, device=self.family.device, **options)
+            except ValueError as error:
+                text = f"steps must be a number that {name} can take, got {steps}"
+                raise InputError(f"{text} ({one_line(error)})") from error
+            return scheduler
 
 
 class Branch:
@@ -193,6 +216,8 @@ class Branch:
 
     def x(self) -> Tensor:
         """The latents as the denoiser takes them at the timestep to come."""
+        if not hasattr(self.scheduler, "scale_model_input"):  # schedulers made for flows
+            return self.latents
         return self.scheduler.scale_model_input(self.latents, self.timestep)
 
     def step(self, x: Tensor, outputs: Sequence[Tensor], guided: Tensor) -> None:
@@ -206,16 +231,18 @@ class Branch:
 
     def clean_and_noise(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """x0 and eps, float32, if `output` is the denoiser's at the last evaluation."""
-        kind = self.scheduler.config.prediction_type
+        kind = prediction_type(self.scheduler)
         return clean_and_noise(kind, self.last[0], output, *self._signal_and_noise())
 
     def _signal_and_noise(self) -> tuple[float, float]:
         """alpha and sigma at the last evaluation."""
         done = self.evaluations - 1
         if hasattr(self.scheduler, "sigmas"):
-            ratio = float(self.scheduler.sigmas[self._first + done])  # sigma / alpha
-            alpha = (1 + ratio**2) ** -0.5
-            return alpha, ratio * alpha
+            level = float(self.scheduler.sigmas[self._first + done])
+            if prediction_type(self.scheduler) == FLOW:
+                return 1 - level, level
+            alpha = (1 + level**2) ** -0.5  # there sigmas are sigma / alpha
+            return alpha, level * alpha
         alpha_squared = float(self.scheduler.alphas_cumprod[int(self._host_timesteps[done])])
         return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
 
@@ -225,6 +252,18 @@ class Branch:
         if isinstance(self.scheduler, PNDMScheduler):
             steps += steps > 0  # its first step takes two evaluations
         return min(steps * self.scheduler.order, len(self.timesteps))
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the scheduler takes the denoiser's output for; those made for flows need not say it."""
+    return scheduler.config.get("prediction_type", FLOW)
+
+
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """x at a fresh `scheduler`'s `timestep` (1,), at which it begins: alpha x0 + sigma noise."""
+    if hasattr(scheduler, "scale_noise"):  # made for flows
+        return scheduler.scale_noise(x0, timestep, noise)
+    return scheduler.add_noise(x0, noise, timestep)
 
 
 def timesteps_from(scheduler: Any, first: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import outputs
 from errors import blaming
+from families import Reader, family_of
 from hub import POCKET
 from loaders import (
     SAMPLER_NAMES,
@@ -20,14 +21,17 @@ from loaders import (
     load_clipseg,
     load_pipeline,
     model_name,
-    scheduler_name,
+    scheduler_of,
 )
+from loras import Lora, locate, parsed
 from settings import VERSION, Request
 from tempering import Painter
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from PIL.Image import Image
+
+    from segmentation import ClipSeg
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy")
 # The settings that a tempered picture's text names; the second ones mean something in rounds only.
@@ -52,36 +56,45 @@ class Session:
     painter: Painter
     model: str  # the name of the model that really runs
     clipseg: str
+    loras: tuple[Lora, ...]
     notice: str | None  # why another model than the default runs
 
     @property
-    def pipe(self) -> StableDiffusionPipeline:
+    def pipe(self) -> DiffusionPipeline:
         return self.painter.pipe
 
     @property
     def dtype(self) -> str:
         return str(self.painter.sampler.family.denoiser.dtype).removeprefix("torch.")
 
-    def parameters(self, image: Image, seed: int, name: str) -> str:
+    def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
+        """A painter like this run's, of other prompts."""
+        settings = replace(self.painter.settings, joiner=joiner)
+        return Painter(self.pipe, self.painter.clipseg, prompts, settings)
+
+    def parameters(self, image: Image, seed: int, name: str, prompt: str | None = None) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
 
         `name` is "plain", "tempered", or what else it shows of the way to the tempered picture
-        `image`.
+        `image`; `prompt` is its text, where it is not that of the request.
         """
-        settings = self.request.settings
+        settings = self.painter.settings
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
         method = {f"Tempering {key}": getattr(settings, key) for key in names}
+        tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
+        hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
         return outputs.parameters_text(
-            prompt=self.request.prompt,
+            prompt=" ".join([self.request.prompt if prompt is None else prompt, *tags]),
             negative_prompt=settings.negative_prompt,
             steps=settings.steps,
-            sampler=SAMPLER_NAMES[scheduler_name(self.request.models.scheduler)],
+            sampler=SAMPLER_NAMES[scheduler_of(self.pipe)],
             guidance_scale=settings.guidance_scale,
             seed=seed,
             width=image.width,
             height=image.height,
             model=self.model,
             extra={
+                "Lora hashes": ", ".join(hashes) or None,
                 **(method if name != "plain" else {}),
                 "Tempering view": name if name not in ("plain", "tempered") else None,
                 "Version": f"Tempering {VERSION}",
@@ -94,14 +107,28 @@ class Session:
         return {
             "arguments": {
                 **self.request.arguments,
+                "guidance_scale": self.painter.settings.guidance_scale,
                 # A repetition uses what ran, wherever it is started.
                 "model": lasting(models.model) or self.model,
                 "clipseg": lasting(models.clipseg) or self.clipseg,
                 "vae": lasting(models.vae),
+                "lora": [
+                    f"{lasting(name)}:{weight:g}" for name, weight in map(parsed, models.lora)
+                ],
+                "scheduler": scheduler_of(self.pipe),
             },
             "notice": self.notice,
             "model": self.model,
             "clipseg": self.clipseg,
+            "loras": [
+                {"name": lora.name, "weight": lora.weight, "hash": lora.hash} for lora in self.loras
+            ],
+            "pipeline": type(self.pipe).__name__,
+            "text_encoders": [
+                name
+                for name, part in self.pipe.components.items()
+                if name.startswith("text_encoder") and part is not None
+            ],
             "scheduler": type(self.pipe.scheduler).__name__,
             "device": str(self.painter.sampler.family.device),
             "dtype": self.dtype,
@@ -129,7 +156,10 @@ def open_session(request: Request, device: str | None = None) -> Session:
     pipe = load_pipeline(
         models.model,
         vae=models.vae,
+        lora=models.lora,
+        t5=models.t5,
         scheduler=models.scheduler,
+        prediction_type=models.prediction_type,
         device=models.device,
         dtype=models.dtype,
         offload=models.offload,
@@ -141,16 +171,15 @@ def open_session(request: Request, device: str | None = None) -> Session:
     clipseg = load_clipseg(
         clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
     )
-    texts = [request.prompt, request.settings.negative_prompt]
     with blaming("a tokenizer"):
-        warn_of_cuts("Stable Diffusion", pipe.tokenizer, texts)
-        warn_of_cuts("CLIPSeg", clipseg.processor.tokenizer, request.prompts)
+        warn_of_cuts(pipe, clipseg, request)
     painter = Painter(pipe, clipseg, [request.prompts], request.settings)
     return Session(
         request=request,
         painter=painter,
         model=model_name(pipe),
         clipseg=shown(clipseg_name),
+        loras=tuple(locate(each, offline=True) for each in models.lora),  # they are all here now
         notice="\n".join(notices) or None,
     )
 
@@ -167,15 +196,26 @@ def shown(name: str) -> str:
     return path.name if name != POCKET and path.exists() else name
 
 
-def warn_of_cuts(model: str, tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Say which words of `prompts` are over the length that `model` reads and have no effect."""
-    limit = tokenizer.model_max_length
+def warn_of_cuts(pipe: DiffusionPipeline, clipseg: ClipSeg, request: Request) -> None:
+    """Say what of the prompts has no effect; once where two text encoders cut the same."""
+    texts = [*(each.text for each in request.all_prompts), request.settings.negative_prompt]
+    found = [cut for reader in family_of(pipe).readers for cut in cuts(reader, texts)]
+    tokenizer = clipseg.processor.tokenizer
+    looking = Reader("CLIPSeg", tokenizer, tokenizer.model_max_length)
+    subjects = dict.fromkeys(subject for each in request.all_prompts for subject in each.subjects)
+    for cut in dict.fromkeys([*found, *cuts(looking, list(subjects))]):
+        say(f"warning: {cut}")
+
+
+def cuts(reader: Reader, prompts: Sequence[str]) -> Iterator[str]:
+    """Which words of `prompts` are over the length that is read, and have no effect there."""
+    name, tokenizer, limit = reader
     for prompt in prompts:
         ids = tokenizer(prompt).input_ids
         if len(ids) > limit:
             cut = tokenizer.decode(ids[limit - 1 : -1])
-            say(
-                f"warning: {model} reads {limit} tokens, this prompt has {len(ids)}; "
+            yield (
+                f"{name} reads {limit} tokens, this prompt has {len(ids)}; "
                 f"without effect: {textwrap.shorten(cut, LONGEST_CUT)!r}"
             )
 

@@ -143,7 +143,7 @@ def composable(
     family = family_of(models.pipe)
     sampler = ComposableSampler(family, [case.prompt.text for case in cases], settings)
     phrases = [case.prompt.phrases for case in cases]
-    parts = [family.encode(of_one_place, None)[0] for of_one_place in zip(*phrases, strict=True)]
+    parts = [family.encode(of_one_place, "", 1)[0] for of_one_place in zip(*phrases, strict=True)]
     negative, whole = sampler.conditionings
     wholes = [whole] if joined else []
     sampler.conditionings = [negative, *wholes, *parts]

@@ -1,17 +1,26 @@
-"""The bundled model, loaded once for all tests."""
+"""The bundled model and a tiny one of each family, made once for all tests."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from diffusers import StableDiffusionPipeline
+import tiny
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from hub import MODEL
-from loaders import SCHEDULERS, load_clipseg, load_pipeline, set_scheduler
+from kinds import MODEL
+from loaders import FLOW_SCHEDULERS, SCHEDULERS, load_clipseg, load_pipeline, set_scheduler
 from segmentation import ClipSeg
+
+# Every family with every scheduler that it admits; the first family is the pocket's tests' own.
+FAMILY_SCHEDULERS = [
+    (family, scheduler)
+    for family in tiny.FAMILIES
+    for scheduler in (FLOW_SCHEDULERS if family == "sd3" else SCHEDULERS)
+]
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +40,25 @@ def any_pipe(
     request: pytest.FixtureRequest, pipe: StableDiffusionPipeline
 ) -> Iterator[StableDiffusionPipeline]:
     """The pipeline with each scheduler in turn."""
+    yield from with_scheduler(pipe, request.param)
+
+
+@pytest.fixture(params=FAMILY_SCHEDULERS, ids=" ".join)
+def family_pipe(request: pytest.FixtureRequest) -> Iterator[DiffusionPipeline]:
+    """A tiny pipeline of each family with each of its schedulers in turn."""
+    family, scheduler = request.param
+    yield from with_scheduler(tiny.shared(family), scheduler)
+
+
+@pytest.fixture(params=list(tiny.FAMILIES))
+def own_pipe(request: pytest.FixtureRequest) -> Iterator[DiffusionPipeline]:
+    """A tiny pipeline of each family in turn, with Euler's scheduler."""
+    yield from with_scheduler(tiny.shared(request.param), "euler")
+
+
+def with_scheduler(pipe: Any, name: str) -> Iterator[Any]:
     before = pipe.scheduler
-    set_scheduler(pipe, request.param)
+    set_scheduler(pipe, name)
     yield pipe
     pipe.scheduler = before
 

@@ -27,7 +27,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from hub import CLIPSEG, MODEL, STABLE_DIFFUSION
+from hub import CLIPSEG
+from kinds import MODEL, STABLE_DIFFUSION
 
 WEIGHTS = MODEL.pocket.parent
 Files = dict[str, bytes]
@@ -38,7 +39,8 @@ import hub, json, sys
 from pathlib import Path
 from types import SimpleNamespace
 from errors import TemperingError
-from hub import CLIPSEG, STABLE_DIFFUSION, resolve
+from hub import CLIPSEG, resolve
+from kinds import STABLE_DIFFUSION
 from loaders import *
 notices, pauses = [], []
 hub.time = SimpleNamespace(sleep=pauses.append)

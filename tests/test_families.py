@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from pictures import farthest
+from tiny import SIDE, latent_consistency, shared, stable_diffusion_xl
 
-from errors import InputError
+from errors import InputError, ModelError
 from families import (
     LINEAR_MAPS,
+    StableDiffusion,
     clean_and_noise,
     family_of,
     fit_linear_map,
@@ -30,20 +33,94 @@ def test_a_pipeline_of_a_known_family_or_derived_from_one_is_taken(
 def test_a_pipeline_of_no_known_family_is_refused_by_its_name() -> None:
     with pytest.raises(InputError) as raised:
         family_of(DiffusionPipeline())
-    text = "the pipeline must be a StableDiffusionPipeline, got DiffusionPipeline"
-    assert str(raised.value) == text
+    text = str(raised.value)
+    assert text.startswith("the pipeline must be a StableDiffusionPipeline, ")
+    assert text.endswith(", StableDiffusion3Pipeline, got DiffusionPipeline")
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_x0_and_eps_follow_from_every_prediction_type(kind: str) -> None:
-    alpha, sigma = 0.6, 0.8
+@pytest.mark.parametrize(
+    ("kind", "alpha"),
+    [("epsilon", 0.6), ("v_prediction", 0.6), ("sample", 0.6), ("flow_prediction", 0.2)],
+)
+def test_x0_and_eps_follow_from_every_prediction_type(kind: str, alpha: float) -> None:
+    sigma = 0.8  # a flow's signal is 1 - sigma, the others' the root of 1 - sigma squared
     x0, eps = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    outputs = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0}
+    outputs = {
+        "epsilon": eps,
+        "v_prediction": alpha * eps - sigma * x0,
+        "sample": x0,
+        "flow_prediction": eps - x0,
+    }
     found_x0, found_eps = clean_and_noise(
         kind, alpha * x0 + sigma * eps, outputs[kind], alpha, sigma
     )
     torch.testing.assert_close(found_x0, x0)
     torch.testing.assert_close(found_eps, eps)
+
+
+def test_pure_noise_has_an_x0_where_v_or_a_flow_is_predicted() -> None:
+    """At the first step of a flow, and of a schedule that ends without any signal."""
+    x, v = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for kind in ("v_prediction", "flow_prediction"):
+        x0, eps = clean_and_noise(kind, x, v, 0, 1)
+        assert torch.equal(eps, x)
+        torch.testing.assert_close(x0, -v if kind == "v_prediction" else x - v)
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance", "factor", "read"),
+    [
+        ("sd2", 7.5, 2, [32]),
+        ("sdxl", 5.0, 2, [32, 32]),
+        ("sd3", 4.5, 4, [32, 32, 256]),
+    ],
+)
+def test_each_family_has_defaults_and_readers_of_its_own(
+    family: str, guidance: float, factor: int, read: list[int]
+) -> None:
+    found = family_of(shared(family))
+    assert found.guidance_scale == guidance
+    assert [reader.limit for reader in found.readers] == read
+    height, width = found.latents_shape(None, factor * 8)[2:]
+    assert (height, width) == (SIDE // 2, factor * 4)
+    with pytest.raises(InputError, match=f"sizes must be multiples of {factor} pixels, got 21x32"):
+        found.latents_shape(None, 21)
+
+
+def test_stable_diffusion_3_before_3_5_has_another_guidance() -> None:
+    pipe = shared("sd3")
+    before = pipe.transformer.config
+    pipe.transformer.register_to_config(qk_norm=None)
+    try:
+        assert family_of(pipe).guidance_scale == 7.0
+    finally:
+        pipe.transformer.register_to_config(**before)
+
+
+def test_guidance_mixes_unless_it_is_off_or_the_denoiser_is_told_it() -> None:
+    told = family_of(latent_consistency())
+    mixed = family_of(shared("sd2"))
+    assert [each.mixes(scale) for each in (mixed, told) for scale in (0, 1, 1.5)] == [
+        *(False, False, True),
+        *(False, False, False),
+    ]
+    assert len(mixed.encode(["a cat"], "", 2)) == 2
+    (soft,), (strong,) = told.encode(["a cat"], "", 2), told.encode(["a cat"], "", 8)
+    assert soft["timestep_cond"].shape == (1, 8)
+    assert not torch.equal(soft["timestep_cond"], strong["timestep_cond"])
+
+
+@torch.no_grad()
+def test_the_vae_of_xl_decodes_in_float32_where_its_float16_overflows() -> None:
+    pipe = stable_diffusion_xl()
+    pipe.vae.post_quant_conv.weight.mul_(1e5)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = family_of(pipe).decode(latents)[0]
+    pipe.vae.to(torch.float16)
+    with pytest.raises(ModelError, match="the picture is not finite in float16"):
+        StableDiffusion(pipe).decode(latents)
+    assert farthest(family_of(pipe).decode(latents)[0], expected) <= 2
+    assert pipe.vae.dtype is torch.float16  # as the user had it
 
 
 class FakeVae:

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import loaders
 from errors import InputError, ModelError, ResourceError, memory_errors
-from hub import CLIPSEG, POCKET, STABLE_DIFFUSION, resolve
+from hub import CLIPSEG, POCKET, resolve
+from kinds import STABLE_DIFFUSION
 from loaders import (
     SAMPLER_NAMES,
     SCHEDULERS,
@@ -44,7 +45,7 @@ SEGMENTER = REPOSITORY / "pocket" / "weights" / "clipseg"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], Tensors]
-SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral"
+SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral, lcm"
 
 
 @pytest.fixture(scope="module")

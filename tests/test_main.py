@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import evaluation
 import hub
 import inference
+import kinds
 import loaders
 import main
 import sampling
@@ -484,7 +485,9 @@ def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_pa
     done = subprocess.run(
         [sys.executable, "main.py", *words], cwd=REPOSITORY, capture_output=True, text=True
     )
-    warning = "Stable Diffusion reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
+    warning = (
+        "Stable Diffusion's CLIP reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
+    )
     assert (done.returncode, done.stderr) == (0, f"warning: {warning}\n")
 
 
@@ -586,11 +589,13 @@ def test_the_defaults_of_readme_are_the_parsers(name: str) -> None:
         flag, default = action.option_strings[0], action.default
         flag = "--help" if flag == "-h" else flag
         if flag == "--model":
-            assert table[flag] == hub.STABLE_DIFFUSION
+            assert table[flag] == kinds.STABLE_DIFFUSION
         elif flag == "--clipseg":
             assert table[flag] == hub.CLIPSEG
-        elif default is False or default == "":
+        elif default is False or default in ("", []):
             assert table[flag] == "", flag
+        elif default is True:
+            assert table[flag] == "on", flag
         elif action.dest not in ("help", "version") and default is not None:
             values = default if isinstance(default, list) else [default]
             kind = action.type if callable(action.type) else str

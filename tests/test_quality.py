@@ -26,7 +26,7 @@ from sampling import Sampler
 from segmentation import ClipSeg
 from settings import Tempering
 
-FEW = Tempering(steps=6, stoptime=4, backsteps=2, rounds=1)
+FEW = Tempering(steps=6, stoptime=4, backsteps=2, rounds=1, guidance_scale=7.5)
 PAIR = Prompt((Noun("cat"), Noun("clock", "red")), " and ")
 CASES = [Case(PAIR, 3), Case(Prompt((Noun("dog"), Noun("car", "blue")), " and "), 4)]
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from diffusers.models.unets.unet_2d_blocks import UpBlock2D
+from torch import Tensor, nn
 
-from benchmarks.judge import load_judge
 from pocket.images import as_tensor
+from pocket.judge import load_judge
 from pocket.world import Noun
 from recipe.clipseg import PROMPTS, questions
 from recipe.data import Placed, Scene
 from recipe.judge import round_trip
 from recipe.measure import denoiser
+from recipe.training import bf16
 from recipe.unet import previews, repaint
 
 CAR = Noun("car", "red")
@@ -69,3 +73,42 @@ def test_clipseg_is_asked_what_bleeding_would_make_true() -> None:
     assert {prompt: told[prompt] for prompt in (*right, *swapped)} == {**right, **swapped}
     often = sum(prompt == "a blue car" for asked in draws for prompt, _ in asked)
     assert often > 60  # by chance alone, one colour in eleven, about 18
+
+
+class Upwards(nn.Module):
+    """The way up of a small U-Net: two levels with an upsampling in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.skip = (nn.Conv2d(4, 16, 3, padding=1) for _ in range(2))
+        self.lower, self.upper = (
+            UpBlock2D(16, 16, 16, None, num_layers=1, resnet_groups=4, add_upsample=upsample)
+            for upsample in (True, False)
+        )
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        h = self.deep(deep)
+        return self.upper(self.lower(h, (h,)), (self.skip(skip),))
+
+
+def test_compiled_gradients_are_the_eager_ones() -> None:
+    """torch 2.13.0 compiles the upsampling of `UpBlock2D` to one that passes no gradient back."""
+    torch.manual_seed(0)
+    net: Any = Upwards().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    deep, skip = (
+        torch.randn(2, 4, side, side).to(memory_format=torch.channels_last) for side in (8, 16)
+    )
+
+    def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+        net.zero_grad()
+        with bf16():
+            found = run(deep, skip)
+        found.float().square().mean().backward()
+        return {name: each.grad.clone() for name, each in net.named_parameters()}
+
+    eager, compiled = gradients(net), gradients(torch.compile(net))
+    for name, gradient in eager.items():
+        torch.testing.assert_close(
+            compiled[name], gradient, rtol=0.05, atol=0.02 * float(gradient.norm())
+        )
+        assert gradient.any(), name

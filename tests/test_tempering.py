@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate import cpu_offload
-from diffusers import EulerAncestralDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
-from pictures import diffusers_picture, farthest
+from conftest import with_scheduler
+from diffusers import (
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from pictures import diffusers_picture, farthest, told_level
 from PIL import Image
 
 from errors import InputError
-from loaders import load_pipeline
+from loaders import FLOW_SCHEDULERS, load_pipeline
 from sampling import Sampler
 from segmentation import ClipSeg, View
 from tempering import Painter, State, Tempering, Walk, temper
@@ -66,7 +74,7 @@ def test_k_0_gives_back_the_plain_picture_within_a_tolerance(
 
     PNDM's own error is large at few steps and such guidance (20/255 on the pocket at 20 steps).
     """
-    if isinstance(any_pipe.scheduler, EulerAncestralDiscreteScheduler):
+    if isinstance(any_pipe.scheduler, (EulerAncestralDiscreteScheduler, LCMScheduler)):
         pytest.skip("draws noise at every step")
     finer = 3 if isinstance(any_pipe.scheduler, PNDMScheduler) else 1
     way = Tempering(steps=20 * finer, stoptime=15 * finer, backsteps=5 * finer, rounds=1)
@@ -80,6 +88,23 @@ def test_k_0_gives_back_the_plain_picture_within_a_tolerance(
     assert np.mean(away[1e6]) > 1.5 * np.mean(away[0.0])
 
 
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [("sd2", "euler"), ("sdxl", "euler"), *(("sd3", name) for name in FLOW_SCHEDULERS)],
+)
+def test_k_0_gives_back_the_plain_picture_of_every_family(
+    family: str, scheduler: str, clipseg: ClipSeg
+) -> None:
+    """But for the sampler's own error; how large that is depends on what the network predicts."""
+    for pipe in with_scheduler(tiny.shared(family), scheduler):
+        kept, forgotten = (
+            distance_from_plain(Painter(pipe, clipseg, [PROMPTS], settings), 1)
+            for settings in (replace(SEEDED, k=k, threshold=0) for k in (0.0, 1e6))
+        )
+        assert forgotten > 2
+        assert kept < forgotten / 4
+
+
 def distance_from_plain(painter: Painter, seed: int) -> float:
     """Mean absolute difference of the tempered and the plain picture, in 1/255."""
     result = painter.temper([seed], compare=True)[0]
@@ -89,6 +114,20 @@ def distance_from_plain(painter: Painter, seed: int) -> float:
 
 def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def test_renoised_latents_of_every_family_have_the_schedulers_variance(
+    family_pipe: DiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    for k in (0.0, 0.5, 4.0, 1e6):
+        painter = Painter(family_pipe, clipseg, [PROMPTS], replace(SEEDED, k=k))
+        shape = (1, painter.sampler.shape[1], 256, 256)
+        branch = back_from(painter, torch.full(shape, 2.0), torch.randn(shape, generator=rng(1)))
+        alpha, sigma = told_level(branch)
+        seen = branch.x()
+        assert seen.var().item() == pytest.approx(sigma**2, rel=0.02)
+        assert seen.mean().item() == pytest.approx(2 * alpha, rel=0.03)
 
 
 def back_from(painter: Painter, x0: torch.Tensor, eps: torch.Tensor) -> Any:
@@ -112,10 +151,10 @@ def test_renoised_latents_have_the_schedulers_variance(
     assert float(branch.timestep) == float(timesteps[10])
     # As the U-Net sees it: alpha x0 plus noise of sigma squared at the level that it is told of.
     seen = branch.x()
-    alpha_squared = float(any_pipe.scheduler.alphas_cumprod[int(branch.timestep)])
+    alpha, sigma = told_level(branch)
     # 262,144 draws: 0.3 % standard error of the variance, 0.002 of the mean
-    assert seen.var().item() == pytest.approx(1 - alpha_squared, rel=0.02)
-    assert seen.mean().item() == pytest.approx(2 * alpha_squared**0.5, rel=0.03)
+    assert seen.var().item() == pytest.approx(sigma**2, rel=0.02)
+    assert seen.mean().item() == pytest.approx(2 * alpha, rel=0.03)
 
 
 @torch.no_grad()
@@ -421,3 +460,35 @@ def test_missing_prompts_are_refused(
 ) -> None:
     with pytest.raises(InputError):
         temper(pipe, clipseg, prompts, FEW)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [FEW, ROUNDS, replace(ROUNDS, accept=100), replace(EARLY, early_accept=0)],
+    ids=["once", "rounds", "good at once", "left early"],
+)
+def test_a_comparison_tells_what_the_tempered_picture_costs_by_itself(
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg, settings: Tempering
+) -> None:
+    alone, compared = (
+        temper(any_pipe, clipseg, PROMPTS, settings, seed=7, compare=each) for each in (False, True)
+    )
+    assert compared.tempered_calls == alone.tempered_calls == alone.unet_calls
+    assert compared.unet_calls >= alone.unet_calls
+
+
+def test_several_seeds_of_one_prompt_share_its_text(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    others = ["a cat", "a red car"]
+    painter = Painter(pipe, clipseg, [PROMPTS, others], ROUNDS)
+    found = painter.temper([3, 4, 3], rows=[1, 0, 0], compare=True)
+    for result, prompts in zip(found, (others, PROMPTS, PROMPTS), strict=True):
+        alone = temper(pipe, clipseg, prompts, ROUNDS, seed=result.seed, compare=True)
+        assert alone.plain is not None
+        assert result.plain is not None
+        assert farthest(alone.image, result.image) <= 1
+        assert farthest(alone.plain, result.plain) <= 1
+        assert alone.interrupted.energy == pytest.approx(result.interrupted.energy, abs=1e-3)
+    with pytest.raises(InputError, match="must have 2 seeds, one a list of prompts, got 1"):
+        painter.temper([3], rows=[0, 1])
