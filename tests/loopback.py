@@ -108,6 +108,7 @@ class Hub:
     def __init__(self, repositories: Mapping[str, Files]) -> None:
         self.repositories = dict(repositories)
         self.refusals: dict[str, tuple[int, str]] = {}  # repository -> status, X-Error-Code
+        self.silent: set[str] = set()  # repositories of which it does not tell what they are
         self.requests: list[Request] = []
         self._drops: dict[str, tuple[int, bool]] = {}
         self._busy: dict[str, tuple[int, int]] = {}
@@ -254,6 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
             config = {"diffusers": {"_class_name": _class_name(files["model_index.json"])}}
         else:
             config = {"model_type": json.loads(files["config.json"]).get("model_type")}
+        if repository in self.hub.silent:
+            config = {}
         siblings = [{"rfilename": name} for name in files]
         return {
             "id": repository,
