@@ -26,7 +26,7 @@ Row = dict[str, Any]
 Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and its seed
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
-PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk, of which Pillow does not ask for the checksum
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
 

@@ -82,6 +82,16 @@ class Family(ABC):
         """The network that predicts, with its configuration."""
 
     @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        """Where the parts meet: what, as one part has it, and as another needs it."""
+        denoiser, vae = self.denoiser.config, self.pipe.vae.config
+        return [
+            ("channels of the VAE's latents", vae.latent_channels, denoiser.in_channels),
+            ("channels of the VAE's pictures", vae.out_channels, 3),
+            ("channels that the denoiser gives", denoiser.out_channels, denoiser.in_channels),
+        ]
+
+    @property
     def guidance_scale(self) -> float:
         """What guidance is where the user does not say: diffusers' own."""
         return 7.5
@@ -212,6 +222,14 @@ class StableDiffusion(Family):
     def denoiser(self) -> Any:
         return self.pipe.unet
 
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        width, needed = self.pipe.text_encoder.config.hidden_size, self.denoiser.config
+        return [
+            *super().joints,
+            ("width of the text encoder's output", width, needed.cross_attention_dim),
+        ]
+
     def _embed(
         self, prompts: list[str], negative: list[str] | None, guided: bool
     ) -> list[Conditioning]:
@@ -231,6 +249,21 @@ class StableDiffusionXL(Family):
     @property
     def denoiser(self) -> Any:
         return self.pipe.unet
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        clips = [self.pipe.text_encoder.config, self.pipe.text_encoder_2.config]
+        width, needed = sum(clip.hidden_size for clip in clips), self.denoiser.config
+        told = 6 * needed.addition_time_embed_dim + clips[1].projection_dim
+        return [
+            *super().joints,
+            ("width of the text encoders' output", width, needed.cross_attention_dim),
+            (
+                "width of size and pooled text",
+                told,
+                needed.projection_class_embeddings_input_dim,
+            ),
+        ]
 
     @property
     def guidance_scale(self) -> float:
@@ -267,6 +300,20 @@ class StableDiffusion3(Family):
     @property
     def denoiser(self) -> Any:
         return self.pipe.transformer
+
+    @property
+    def joints(self) -> list[tuple[str, object, object]]:
+        clips = [self.pipe.text_encoder.config, self.pipe.text_encoder_2.config]
+        t5, needed = self.pipe.text_encoder_3, self.denoiser.config
+        pooled = sum(clip.projection_dim for clip in clips)
+        read = (
+            [("width of T5's output", t5.config.d_model, needed.joint_attention_dim)] if t5 else []
+        )
+        return [
+            *super().joints,
+            ("width of the pooled text", pooled, needed.pooled_projection_dim),
+            *read,
+        ]
 
     @property
     def guidance_scale(self) -> float:

@@ -5,6 +5,7 @@ Nothing heavy is imported before it is needed. What a name means, hub.py knows.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import warnings
@@ -15,11 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hub
+import loras
 from errors import InputError, ModelError, TemperingError, memory_errors, one_line
+from kinds import (
+    BLIP_VQA,
+    CLIP,
+    EYES,
+    MODEL,
+    OWLV2,
+    SEGMENTER,
+    VAE,
+    Layout,
+    layout_of,
+    shapes_of,
+)
+from loras import Lora, parts_of
+from settings import PREDICTION_TYPES
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from judges import Eye, Judge
     from prompts import Prompt
@@ -49,6 +65,14 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unipc": ("UniPCMultistepScheduler", _ON_FLOWS, "flow_shift"),
 }
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+# Arguments of diffusers' pipelines, as far as they know them, for a picture that is left as it is.
+UNWANTED = {
+    "safety_checker": None,
+    "requires_safety_checker": False,
+    "feature_extractor": None,
+    "image_encoder": None,
+    "add_watermarker": False,
+}
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
 
@@ -56,26 +80,39 @@ def load_pipeline(
     model: str | Path | None = None,
     *,
     vae: str | Path | None = None,
-    scheduler: str = "euler",
+    lora: Sequence[str] = (),
+    t5: bool = True,
+    scheduler: str | None = None,
+    prediction_type: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: str | None = None,
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
-) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline, ready on its device; it has no safety checker.
+) -> DiffusionPipeline:
+    """A pipeline of a family of Stable Diffusion, ready on its device; it has no safety checker.
 
     `model` None is Stable Diffusion v1-4, or, where it can neither be fetched nor found in the
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
-    `dtype` and `device` are names as on the command line, or torch's own. Raises InputError before
-    anything is loaded, ModelError and ResourceError after.
+    Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
+    leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
+    `prediction_type` None is what the model itself says. `dtype` and `device` are names as on the
+    command line, or torch's own. Raises InputError before anything is loaded, ModelError and
+    ResourceError after.
     """
-    scheduler_name(scheduler)
+    kind = MODEL if t5 else MODEL.bare
+    if scheduler is not None:
+        scheduler_name(scheduler)
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        names = ", ".join(PREDICTION_TYPES)
+        raise InputError(f"--prediction_type must be one of {names}, got {prediction_type!r}")
     model, vae = (None if name is None else str(name) for name in (model, vae))
     if model is not None:
-        hub.check(model, hub.MODEL)
+        hub.check(model, kind)
     if vae is not None:
-        hub.check(vae, hub.VAE)
+        hub.check(vae, VAE)
+    for each in lora:
+        loras.check(each)
     target = pick_device(device)
     pick_dtype(dtype, target)
     if offload is not None and offload not in OFFLOADS:
@@ -83,25 +120,24 @@ def load_pipeline(
     if offload is not None and target.type == "cpu":
         raise InputError(f"--offload needs a GPU, but this run is on the cpu, got {offload!r}")
 
-    source = hub.resolve(model, offline=offline, notice=notice)
-    precision = _precision(source, dtype, target)
-    configuration = source
-    if source.is_file():
-        configuration = hub.fetch(hub.STABLE_DIFFUSION, hub.CONFIGURATION, offline)
-    parts: dict[str, Any] = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    if vae is not None:
-        vae_source = hub.locate(vae, hub.VAE, offline)
-        with _loading(vae_source) as diffusers:
-            files = vae_source, configuration / "vae"
-            parts["vae"] = _network(diffusers.AutoencoderKL, "vae", *files, precision)
-    with _loading(source) as diffusers:
-        if source.is_dir():
-            parts |= _networks(source, precision, but=parts)
-        options = {**parts, "requires_safety_checker": False, "torch_dtype": precision}
-        pipe = _load(diffusers.StableDiffusionPipeline, source, configuration, **options)
-        pipe.register_to_config(_name_or_path=str(source))
-        _check_parts(pipe)
-        set_scheduler(pipe, scheduler)
+    def admit(layout: Layout) -> None:
+        if scheduler is not None:
+            scheduler_name(scheduler, on_flows=layout.on_flows)
+        if prediction_type is not None and layout.on_flows:
+            text = "--prediction_type must not be given with Stable Diffusion 3"
+            raise InputError(f"{text}, got {prediction_type!r}")
+
+    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
+    layout = layout_of(source, kind)
+    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
+    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
+    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
+    precision = _precision(source, dtype, target, layout.on_flows)
+    pipe = _pipeline(source, layout, configuration, vae_source, precision)
+    with _loading(source):
+        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
+        set_scheduler(pipe, scheduler or default_scheduler(pipe))
+    add_loras(pipe, found_loras)
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
         if offload is None:
@@ -110,6 +146,78 @@ def load_pipeline(
         pipe.vae.enable_tiling()
         getattr(pipe, OFFLOADS[offload])(device=target)
         return pipe
+
+
+def _pipeline(
+    source: Path, layout: Layout, configuration: Path, vae: Path | None, precision: torch.dtype
+) -> DiffusionPipeline:
+    """The pipeline of a folder or a single file, on the CPU, as it is configured."""
+    parts: dict[str, Any] = {}
+    if vae is not None:
+        with _loading(vae) as diffusers:
+            files = vae, configuration / "vae"
+            parts["vae"] = _network(diffusers.AutoencoderKL, "vae", *files, precision)
+    with _loading(source, layout.classes[0]) as diffusers:
+        pipeline = getattr(diffusers, layout.classes[0])
+        parts |= _without(pipeline, layout)
+        if source.is_dir():
+            parts |= _networks(source, precision, but=parts)
+        else:
+            parts |= _lent(layout.lacking(shapes_of(source) or {}), configuration, precision)
+        pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
+        pipe.register_to_config(_name_or_path=str(source))
+        _check_parts(pipe)
+    return pipe
+
+
+def _without(pipeline: Any, layout: Layout) -> dict[str, Any]:
+    """What a pipeline must be told to do without: what is never wanted, and what is not there."""
+    known = inspect.signature(pipeline.__init__).parameters
+    whole = next(each for each in MODEL.layouts if each.classes == layout.classes)
+    left_out = [part for part in whole.optional if part not in layout.parts]
+    return {
+        **{name: value for name, value in UNWANTED.items() if name in known},
+        **dict.fromkeys(left_out),
+    }
+
+
+def _corrected(scheduler: Any, source: Path, prediction_type: str | None) -> Any:
+    """The model's scheduler by what its single file and the user say beyond its configuration.
+
+    Finetunes that predict v, or that were trained down to no signal at all, say so by tensors of
+    these names. The latter start from pure noise: arXiv:2305.08891.
+    """
+    shapes = shapes_of(source) or {}
+    said: dict[str, Any] = {}
+    if "v_pred" in shapes:
+        said |= {"prediction_type": "v_prediction"}
+    if "ztsnr" in shapes:
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if prediction_type is not None:
+        said |= {"prediction_type": prediction_type}
+    return type(scheduler).from_config(scheduler.config, **said) if said else scheduler
+
+
+def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
+    """Let each LoRA change the pipeline's weights; ModelError for one that is of another model."""
+    adapters = [f"lora_{number}" for number in range(len(found))]
+    for adapter, lora in zip(adapters, found, strict=True):
+        folder, name = str(lora.file.parent), lora.file.name
+        try:
+            with memory_errors():
+                pipe.load_lora_weights(
+                    folder, weight_name=name, adapter_name=adapter, local_files_only=True
+                )
+            changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
+            if strangers := [part for part in parts_of(lora.file) if part not in changed]:
+                raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
+        except TemperingError:
+            raise
+        except Exception as error:  # of diffusers, of peft, of torch: whatever they stumble over
+            text = f"the LoRA {lora.name} does not fit {model_name(pipe)}: {one_line(error)}"
+            raise ModelError(text) from error
+    if found:
+        pipe.set_adapters(adapters, [lora.weight for lora in found])
 
 
 def load_clipseg(
@@ -124,10 +232,10 @@ def load_clipseg(
     Raises InputError before anything is loaded, ModelError and ResourceError after.
     """
     model = hub.CLIPSEG if model is None else str(model)
-    hub.check(model, hub.SEGMENTER)
+    hub.check(model, SEGMENTER)
     target = pick_device(device)
     pick_dtype(dtype, target)
-    source = hub.locate(model, hub.SEGMENTER, offline)
+    source = hub.locate(model, SEGMENTER, offline)
     with _loading(source):
         from segmentation import ClipSeg
 
@@ -160,17 +268,17 @@ def load_judge(
         return judges.PocketJudge(load_pockets())
     target = pick_device(device)
     if name == "blip-vqa":
-        return judges.BlipVqaJudge(_eye(hub.BLIP_VQA, "BlipForQuestionAnswering", target, offline))
+        return judges.BlipVqaJudge(_eye(BLIP_VQA, "BlipForQuestionAnswering", target, offline))
     nouns = [judges.subject_of(subject).noun for each in prompts for subject in each.subjects]
-    owlv2 = _eye(hub.OWLV2, "Owlv2ForObjectDetection", target, offline)
-    return judges.Owlv2Judge(owlv2, _eye(hub.CLIP, "CLIPModel", target, offline), nouns)
+    owlv2 = _eye(OWLV2, "Owlv2ForObjectDetection", target, offline)
+    return judges.Owlv2Judge(owlv2, _eye(CLIP, "CLIPModel", target, offline), nouns)
 
 
 def _eye(repo: str, class_name: str, device: torch.device, offline: bool) -> Eye:
     """A model that a judge looks through, with its checkpoint's own processor."""
     import torch
 
-    source = hub.fetch(repo, hub.EYES[repo], offline)
+    source = hub.fetch(repo, EYES[repo], offline)
     with _loading(source):
         from judges import Eye
 
@@ -181,6 +289,18 @@ def _eye(repo: str, class_name: str, device: torch.device, offline: bool) -> Eye
         _check_words(processor.tokenizer, network.config.text_config)
     with memory_errors():
         return Eye(network.to(device).eval(), processor)
+
+
+def default_scheduler(pipe: DiffusionPipeline) -> str:
+    """LCM's for a model whose own that is, for it can not do with others; Euler's for the rest."""
+    return "lcm" if type(pipe.scheduler).__name__ == SCHEDULERS["lcm"][0] else "euler"
+
+
+def scheduler_of(pipe: DiffusionPipeline) -> str:
+    """The name in SCHEDULERS of a pipeline's scheduler; its class where it is none of them."""
+    found = type(pipe.scheduler).__name__
+    known = [*SCHEDULERS.items(), *FLOW_SCHEDULERS.items()]
+    return next((name for name, (class_name, *_) in known if class_name == found), found)
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
@@ -203,12 +323,12 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     pipe.scheduler = scheduler_class.from_config(config, **missing)
 
 
-def model_name(pipe: StableDiffusionPipeline) -> str:
+def model_name(pipe: DiffusionPipeline) -> str:
     """What to call the pipeline's model in results: Hub id, `pocket`, or a path's last name."""
     return hub.name_of(str(pipe.name_or_path or "unknown"))
 
 
-def clipseg_for(model: str | StableDiffusionPipeline) -> str:
+def clipseg_for(model: str | DiffusionPipeline) -> str:
     """The CLIPSeg that belongs to a pipeline, or to what `model_name` calls it."""
     name = model if isinstance(model, str) else model_name(model)
     return hub.POCKET if name == hub.POCKET else hub.CLIPSEG
@@ -278,10 +398,15 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return getattr(torch, DTYPES[text])
 
 
-def _precision(source: Path, dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    # bf16 gains nothing on a model as small as the pocket, and fp32 repeats exactly.
-    exact = dtype is None and device.type == "cpu" and hub.name_of(source) == hub.POCKET
-    return pick_dtype("fp32" if exact else dtype, device)
+def _precision(
+    source: Path, dtype: str | torch.dtype | None, device: torch.device, on_flows: bool = False
+) -> torch.dtype:
+    """The dtype that is asked for; by itself the model's own, or else the device's best."""
+    if dtype is None and device.type == "cpu" and hub.name_of(source) == hub.POCKET:
+        dtype = "fp32"  # bf16 gains nothing on a model as small, and fp32 repeats exactly
+    elif dtype is None and device.type != "cpu" and on_flows:
+        dtype = "bf16"  # what Stable Diffusion 3 was trained in; its T5 overflows in fp16
+    return pick_dtype(dtype, device)
 
 
 def _load(cls: Any, source: Path, configuration: Path, **options: Any) -> Any:
@@ -304,6 +429,15 @@ def _networks(folder: Path, precision: torch.dtype, but: Container[str]) -> dict
         name: _network(cls, name, folder / name, folder / name, precision)
         for name, cls in classes.items()
         if hasattr(cls, "named_parameters")
+    }
+
+
+def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[str, Any]:
+    """The text encoders that a single file lacks, from the folder of the model that lends them."""
+    cls = import_module("transformers").CLIPTextModelWithProjection
+    folders = {name: lender / name for name in names}
+    return {
+        name: _network(cls, name, folder, folder, precision) for name, folder in folders.items()
     }
 
 
@@ -339,22 +473,19 @@ def _check_whole(
         raise ValueError(f"there is no {names[0]}: {len(names)} tensors of the {part} are missing")
 
 
-def _check_parts(pipe: StableDiffusionPipeline) -> None:
+def _check_parts(pipe: DiffusionPipeline) -> None:
     """Raise ValueError for parts that are not whole, or not made for each other."""
-    from families import networks_of
+    from families import family_of, networks_of
 
     for name, network in networks_of(pipe).items():
         _check_whole(name, network)
-    unet, vae, text = pipe.unet.config, pipe.vae.config, pipe.text_encoder.config
-    for what, found, needed in (
-        ("channels of the VAE's latents", vae.latent_channels, unet.in_channels),
-        ("channels of the VAE's pictures", vae.out_channels, 3),
-        ("channels that the U-Net gives", unet.out_channels, unet.in_channels),
-        ("width of the text encoder's output", text.hidden_size, unet.cross_attention_dim),
-    ):
+    for what, found, needed in family_of(pipe).joints:
         if found != needed:
             raise ValueError(f"the {what} must be {needed}, got {found}")
-    _check_words(pipe.tokenizer, text)
+    for number in ("", "_2", "_3"):
+        tokenizer = getattr(pipe, f"tokenizer{number}", None)
+        if tokenizer is not None:
+            _check_words(tokenizer, getattr(pipe, f"text_encoder{number}").config)
 
 
 def _check_words(tokenizer: Any, text: Any) -> None:
@@ -362,18 +493,18 @@ def _check_words(tokenizer: Any, text: Any) -> None:
     words, length = len(tokenizer), tokenizer.model_max_length
     if words > text.vocab_size:
         raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
-    if not 2 < length <= text.max_position_embeddings:
-        takes = text.max_position_embeddings
+    takes = getattr(text, "max_position_embeddings", length)  # T5 takes any number
+    if not 2 < length <= takes:
         raise ValueError(f"the tokenizer gives {length} tokens, the text encoder takes {takes}")
 
 
 @contextmanager
-def _loading(source: Path) -> Iterator[Any]:
+def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
     _quiet()
     # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
     # weights either.
-    import_module("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    getattr(import_module("diffusers"), pipeline)
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hub
+import kinds
 import loaders
+import loras
 import prompts
 from errors import InputError, TemperingError, memory_errors
 from outputs import check_writable, read_json
@@ -34,6 +36,7 @@ from settings import (
     JUDGES,
     MAX_SEED,
     NOBODY,
+    PREDICTION_TYPES,
     PREVIEWS,
     UNCERTAINTIES,
     VERSION,
@@ -61,6 +64,7 @@ examples:
 init.py installs what is missing and hands every flag on; `python init.py --test` runs the tests.
 """
 
+
 # How flags are read.
 Options = dict[str, Any]
 SWITCH: Options = {"action": "store_true", "default": False}
@@ -80,6 +84,7 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(DEFAULT_WAY),
     "prompts": None,
     "prompts_file": None,
+    "lora": [],
     "seed": 2024,
     "cycles": 4,
     "batch": None,
@@ -137,7 +142,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "temperature": (X, "with rounds: makes keeping a worse picture likelier; 0 never"),
         "cooling": (X, "with rounds: each goes back so many times as far as the one before, 0..1"),
         "candidates": (N, "with rounds: pictures a round, of which the best counts"),
-        "guidance_scale": (X, "weight of the prompt; 1 or less switches guidance off"),
+        "guidance_scale": (
+            X,
+            "weight of the prompt; 1 or less switches guidance off (default: 7.5; XL: 5; 3: 7; "
+            "3.5: 4.5)",
+        ),
         "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
@@ -149,14 +158,33 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "model": (
             NAME,
             "Hub id, diffusers folder, .safetensors file, or pocket (the bundled model); default: "
-            f"{hub.STABLE_DIFFUSION}, or pocket where it can not be had",
+            f"{kinds.STABLE_DIFFUSION}, or pocket where it can not be had",
         ),
         "clipseg": (
             NAME,
             f"Hub id, folder or pocket (default: {hub.CLIPSEG}, or pocket with the pocket)",
         ),
         "vae": (NAME, "Hub id, folder or file (default: the model's)"),
-        "scheduler": (NAME, ", ".join(loaders.SCHEDULERS)),
+        "lora": (
+            {"action": "append", "metavar": "NAME[:WEIGHT]"},
+            "Hub id, Hub id/file, folder or file; may be given several times",
+        ),
+        "t5": (
+            {**EITHER, "default": True},
+            "read with Stable Diffusion 3's largest text encoder, too, where the model has it; "
+            "--no-t5 neither fetches nor loads it (default: on)",
+        ),
+        "scheduler": (
+            NAME,
+            f"{', '.join(loaders.SCHEDULERS)}; with Stable Diffusion 3 "
+            f"{', '.join(loaders.FLOW_SCHEDULERS)} (default: euler; of an LCM: lcm)",
+        ),
+        "prediction_type": (
+            {"choices": PREDICTION_TYPES},
+            "what the model predicts, where its configuration does not tell: of single files of "
+            "Stable Diffusion 2 it says v_prediction, which its 512 pixels model does not predict "
+            "(default: the model's)",
+        ),
         "offline": (EITHER, "use what is in the cache, never the network"),
     },
     "machine": {
@@ -304,11 +332,11 @@ def as_typed(reader: Parser, name: str, value: object) -> Any:
     options = OPTIONS[name]
     if value is None and DEFAULTS.get(name, ...) is None:
         return None
-    if "action" in options:
-        kind, fits = "true or false", isinstance(value, bool)
-    elif "nargs" in options:
+    if "nargs" in options or options.get("action") == "append":
         fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
         kind = "a list of texts"
+    elif "action" in options:
+        kind, fits = "true or false", isinstance(value, bool)
     elif "type" in options:
         kind, fits = "a number", type(value) in (int, float, str)
     else:
@@ -382,7 +410,7 @@ def to_request(args: argparse.Namespace) -> Request:
         raise InputError("--prompts_file is for --evaluate, got it without")
     asked = asked_set(args)
     args.prompts = None if asked else args.prompts or list(PROMPTS)
-    values = {**vars(args), **asdict(settings)}
+    values = {**vars(args), **asdict(settings), "lora": tuple(args.lora)}
     request = Request(
         prompts=tuple(args.prompts or asked[0].subjects),
         settings=settings,
@@ -422,14 +450,17 @@ def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
 
 def check_models(models: Models) -> None:
     """Raise InputError for names that can not mean a model or a scheduler."""
-    loaders.scheduler_name(models.scheduler)
+    if models.scheduler is not None:
+        loaders.scheduler_name(models.scheduler)
     for name, kind in (
-        (models.model, hub.MODEL),
-        (models.clipseg, hub.SEGMENTER),
-        (models.vae, hub.VAE),
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
+        (models.clipseg, kinds.SEGMENTER),
+        (models.vae, kinds.VAE),
     ):
         if name is not None:
             hub.check(name, kind)
+    for lora in models.lora:
+        loras.check(lora)
 
 
 def parser() -> Parser:
@@ -456,7 +487,7 @@ def parser() -> Parser:
 
 def shown(default: object, text: str) -> str:
     """How a flag's help ends: with its default, where it has one and does not tell it itself."""
-    if default is None or default is False or default == "" or "(default" in text:
+    if default is None or default is False or default in ("", []) or "(default" in text:
         return ""
     return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
 

@@ -258,20 +258,22 @@ def _unfinished(path: Path) -> int | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of at most LARGEST_JSON bytes.
 
-    Raises InputError, at once, for what is no such file: a pipe or a device is not even opened.
+    Raises InputError, at once, for what is no such file: a pipe or a device is not even opened. Its
+    text gives the reason and leaves it to the caller to name the file.
     """
     try:
         if not path.is_file():
-            raise ValueError("is not a file" if path.exists() else "does not exist")
+            raise ValueError("it is not a file" if path.exists() else "it does not exist")
         with path.open("rb") as file:
             data = file.read(LARGEST_JSON + 1)
         if len(data) > LARGEST_JSON:
-            raise ValueError(f"has more than {LARGEST_JSON:,} bytes")
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
         value = json.loads(data.decode("utf-8-sig"))  # Notepad begins files with a mark
         if not isinstance(value, dict):
-            raise ValueError("holds no JSON object")
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{_line(path)} can not be read as JSON: {_line(error)}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"it can not be read as JSON ({_line(reason)})") from error
     return value
 
 

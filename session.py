@@ -21,8 +21,9 @@ from loaders import (
     load_clipseg,
     load_pipeline,
     model_name,
-    scheduler_name,
+    scheduler_of,
 )
+from loras import Lora, locate, parsed
 from settings import VERSION, Request
 from tempering import Painter
 
@@ -55,6 +56,7 @@ class Session:
     painter: Painter
     model: str  # the name of the model that really runs
     clipseg: str
+    loras: tuple[Lora, ...]
     notice: str | None  # why another model than the default runs
 
     @property
@@ -79,17 +81,20 @@ class Session:
         settings = self.painter.settings
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
         method = {f"Tempering {key}": getattr(settings, key) for key in names}
+        tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
+        hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
         return outputs.parameters_text(
-            prompt=self.request.prompt if prompt is None else prompt,
+            prompt=" ".join([self.request.prompt if prompt is None else prompt, *tags]),
             negative_prompt=settings.negative_prompt,
             steps=settings.steps,
-            sampler=SAMPLER_NAMES[scheduler_name(self.request.models.scheduler)],
+            sampler=SAMPLER_NAMES[scheduler_of(self.pipe)],
             guidance_scale=settings.guidance_scale,
             seed=seed,
             width=image.width,
             height=image.height,
             model=self.model,
             extra={
+                "Lora hashes": ", ".join(hashes) or None,
                 **(method if name != "plain" else {}),
                 "Tempering view": name if name not in ("plain", "tempered") else None,
                 "Version": f"Tempering {VERSION}",
@@ -107,10 +112,23 @@ class Session:
                 "model": lasting(models.model) or self.model,
                 "clipseg": lasting(models.clipseg) or self.clipseg,
                 "vae": lasting(models.vae),
+                "lora": [
+                    f"{lasting(name)}:{weight:g}" for name, weight in map(parsed, models.lora)
+                ],
+                "scheduler": scheduler_of(self.pipe),
             },
             "notice": self.notice,
             "model": self.model,
             "clipseg": self.clipseg,
+            "loras": [
+                {"name": lora.name, "weight": lora.weight, "hash": lora.hash} for lora in self.loras
+            ],
+            "pipeline": type(self.pipe).__name__,
+            "text_encoders": [
+                name
+                for name, part in self.pipe.components.items()
+                if name.startswith("text_encoder") and part is not None
+            ],
             "scheduler": type(self.pipe.scheduler).__name__,
             "device": str(self.painter.sampler.family.device),
             "dtype": self.dtype,
@@ -138,7 +156,10 @@ def open_session(request: Request, device: str | None = None) -> Session:
     pipe = load_pipeline(
         models.model,
         vae=models.vae,
+        lora=models.lora,
+        t5=models.t5,
         scheduler=models.scheduler,
+        prediction_type=models.prediction_type,
         device=models.device,
         dtype=models.dtype,
         offload=models.offload,
@@ -158,6 +179,7 @@ def open_session(request: Request, device: str | None = None) -> Session:
         painter=painter,
         model=model_name(pipe),
         clipseg=shown(clipseg_name),
+        loras=tuple(locate(each, offline=True) for each in models.lora),  # they are all here now
         notice="\n".join(notices) or None,
     )
 

@@ -21,6 +21,7 @@ PREVIEWS = ("vae", "linear")
 UNCERTAINTIES = ("class", "pixel")
 JUDGES = ("pocket", "owlv2", "blip-vqa")
 NOBODY = "none"  # of the judges
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
 # What may differ when an evaluation is resumed; anything else would mix two experiments.
@@ -109,7 +110,10 @@ class Models:
     model: str | None = None  # None: Stable Diffusion v1-4, or the pocket where it can not be had
     clipseg: str | None = None  # None: the one that belongs to the model
     vae: str | None = None  # None: the model's own
-    scheduler: str = "euler"
+    lora: tuple[str, ...] = ()  # of each a name, or a name and its weight behind a colon
+    t5: bool = True  # whether Stable Diffusion 3 reads with it, where it is there
+    scheduler: str | None = None  # None: Euler's, or LCM's where the model was distilled to it
+    prediction_type: str | None = None  # None: what the model's configuration says
     device: str | None = None  # None: the best one present
     dtype: str | None = None  # None: what the device computes fastest
     offload: str | None = None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hub import MODEL
+from kinds import MODEL
 
 POCKET_TOKENIZER = MODEL.pocket / "tokenizer"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

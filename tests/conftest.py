@@ -11,7 +11,7 @@ import pytest
 import tiny
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
-from hub import MODEL
+from kinds import MODEL
 from loaders import FLOW_SCHEDULERS, SCHEDULERS, load_clipseg, load_pipeline, set_scheduler
 from segmentation import ClipSeg
 

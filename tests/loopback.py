@@ -27,7 +27,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from hub import CLIPSEG, MODEL, STABLE_DIFFUSION
+from hub import CLIPSEG
+from kinds import MODEL, STABLE_DIFFUSION
 
 WEIGHTS = MODEL.pocket.parent
 Files = dict[str, bytes]
@@ -37,7 +38,8 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from errors import TemperingError
-from hub import CLIPSEG, STABLE_DIFFUSION, resolve
+from hub import CLIPSEG, resolve
+from kinds import STABLE_DIFFUSION
 from loaders import *
 notices = []
 try:

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.architecture import FULL, Architecture, parameters, save, skeletons
 from benchmarks.speed import measure
-from hub import MODEL, SEGMENTER, check
+from hub import check
+from kinds import MODEL, SEGMENTER
 from loaders import load_clipseg, load_pipeline
 from settings import Tempering
 

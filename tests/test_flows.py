@@ -34,7 +34,8 @@ from PIL import Image
 
 import main
 import outputs
-from hub import CLIPSEG, STABLE_DIFFUSION
+from hub import CLIPSEG
+from kinds import STABLE_DIFFUSION
 from metrics import Paired, PictureMetrics, picture_metrics, scatter, summarise
 from segmentation import SMALLEST
 from settings import VERSION

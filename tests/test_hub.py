@@ -16,7 +16,8 @@ from loopback import Hub, ask, closed_url, hub, hub_environment
 from safetensors.torch import save_file
 
 from errors import InputError
-from hub import MODEL, POCKET, SEGMENTER, STABLE_DIFFUSION, VAE, check
+from hub import POCKET, check
+from kinds import MODEL, SEGMENTER, STABLE_DIFFUSION, VAE
 
 __all__ = ["hub"]  # a fixture is used by its name
 
@@ -69,8 +70,8 @@ def test_folder_with_pickled_weights_alone_is_refused(painter: Path) -> None:
 
 def test_folder_of_another_family_is_refused(painter: Path) -> None:
     index = painter / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
-    named = "is a StableDiffusionXLPipeline, not a StableDiffusionPipeline"
+    index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    named = r"is FLUX \(FluxPipeline\), not Stable Diffusion 1, 2, XL or 3$"
     with pytest.raises(InputError, match=named):
         check(str(painter), MODEL)
 
@@ -84,7 +85,8 @@ def test_sharded_weights_pass(painter: Path) -> None:
 def test_single_files_are_known_by_their_header(tmp_path: Path) -> None:
     lora = tmp_path / "lora.safetensors"
     save_file({"lora_unet_mid.alpha": torch.ones(1)}, lora)
-    with pytest.raises(InputError, match="lacks the U-Net and the VAE and the CLIP text model"):
+    named = "is a LoRA, which --lora takes, not Stable Diffusion 1, 2, XL or 3$"
+    with pytest.raises(InputError, match=named):
         check(str(lora), MODEL)
     with pytest.raises(InputError, match=r"lacks the VAE$"):
         check(str(lora), VAE)
@@ -174,14 +176,14 @@ def test_hub_that_is_down_counts_as_out_of_reach(hub: Hub, tmp_path: Path) -> No
 
 def test_unfit_repositories_are_refused_before_their_weights_come(hub: Hub, tmp_path: Path) -> None:
     files = hub.repositories[STABLE_DIFFUSION]
-    index = b'{"_class_name": "StableDiffusionXLPipeline"}'
+    index = b'{"_class_name": "StableDiffusionXLImg2ImgPipeline"}'
     hub.repositories["big/xl"] = {**files, "model_index.json": index}
     hub.repositories["old/pickles"] = {name: files[name] for name in files if name != UNET}
     environment = hub.environment(tmp_path)
     assert ask(environment, "big/xl")["answer"] == {
         "error": 1,
-        "text": "big/xl can not be used: it is a StableDiffusionXLPipeline, "
-        "not a StableDiffusionPipeline",
+        "text": "big/xl can not be used: it is the refiner of Stable Diffusion XL or like it "
+        "(StableDiffusionXLImg2ImgPipeline), not Stable Diffusion 1, 2, XL or 3",
     }
     assert ask(environment, "old/pickles")["answer"] == {
         "error": 1,

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import loaders
 from errors import InputError, ModelError, ResourceError, memory_errors
-from hub import CLIPSEG, POCKET, STABLE_DIFFUSION, resolve
+from hub import CLIPSEG, POCKET, resolve
+from kinds import STABLE_DIFFUSION
 from loaders import (
     SAMPLER_NAMES,
     SCHEDULERS,

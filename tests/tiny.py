@@ -32,7 +32,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from hub import MODEL
+from kinds import MODEL
 
 SIDE = 32  # pixels, each model's own size
 # Stable Diffusion's, as its models have it.

@@ -19,7 +19,7 @@ from transformers import (
     Owlv2ForObjectDetection,
 )
 
-from hub import MODEL
+from kinds import MODEL
 
 TOKENIZER = MODEL.pocket / "tokenizer"
 SMALL = {
