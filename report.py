@@ -204,7 +204,7 @@ def thumbnail(file: Path) -> str | None:
         return None
     small.thumbnail((THUMB, THUMB), Image.Resampling.LANCZOS)
     encoded = BytesIO()
-    small.save(encoded, "WEBP", quality=QUALITY, method=4)
+    small.save(encoded, "WEBP", quality=QUALITY, method=2)
     return f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
 
 
