@@ -495,8 +495,8 @@ def test_a_vae_that_is_not_whole_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "changed", "fault"),
     [
-        ("unet", {"out_channels": 8}, "channels that the U-Net gives must be 4, got 8"),
-        ("unet", {"in_channels": 9}, "channels of the VAE's latents must be 9, got 4"),
+        ("unet", {"out_channels": 8}, "channels that the denoiser gives must be 4, got 8"),
+        ("vae", {"latent_channels": 8}, "channels of the VAE's latents must be 4, got 8"),
         ("unet", {"cross_attention_dim": 48}, "width of the text encoder's output must be 48, got"),
         ("vae", {"out_channels": 1}, "channels of the VAE's pictures must be 3, got 1"),
     ],
