@@ -193,7 +193,8 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
     for adapter, lora in zip(adapters, found, strict=True):
         folder, name = str(lora.file.parent), lora.file.name
         try:
-            with memory_errors():
+            with memory_errors(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="peft")  # of several that add up
                 pipe.load_lora_weights(
                     folder, weight_name=name, adapter_name=adapter, local_files_only=True
                 )
