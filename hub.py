@@ -178,17 +178,17 @@ def fetch(repo: str, kind: Kind, offline: bool, admit: Admit = anything) -> Path
     def holds(part: str) -> bool:
         return any(name.startswith(f"{part}/") for name in names)
 
-    fault = fault_of_model(kind, found, names.__contains__, holds)
-    if not fault:
-        layout = (kind.called(found) or kind.layouts[0]).holding(holds)
-        admit(layout)
-        try:
-            folder = _download(repo, layout.patterns, kind)
-        except _UnreachableError as error:  # not a reason to run another model: it was there
-            text = f"the download of {repo} broke off, {error.reason}; run again to go on"
-            raise ModelError(text) from error
-        fault = fault_of_folder(folder, kind)
-    if fault:
+    fault, layout = fault_of_model(kind, found, names.__contains__, holds), kind.called(found)
+    if fault or layout is None:
+        raise ModelError(f"{repo} can not be used: it {fault}")
+    layout = layout.holding(holds)
+    admit(layout)
+    try:
+        folder = _download(repo, layout.patterns, kind)
+    except _UnreachableError as error:  # not a reason to run another model: it was there
+        text = f"the download of {repo} broke off, {error.reason}; run again to go on"
+        raise ModelError(text) from error
+    if fault := fault_of_folder(folder, kind):
         raise ModelError(f"{repo} can not be used: it {fault}")
     return folder
 

@@ -130,7 +130,9 @@ class Kind:
         return replace(self, layouts=tuple(layout.bare for layout in self.layouts))
 
     def called(self, name: object) -> Layout | None:
-        """The layout of models that call themselves `name`."""
+        """The layout of models that call themselves `name`; the first of those that do not say."""
+        if name is None:
+            return self.layouts[0]
         return next((layout for layout in self.layouts if name in layout.classes), None)
 
     def made_of(self, shapes: Shapes) -> Layout | None:
@@ -321,9 +323,9 @@ def fault_of_model(
         return any(has(file) or has(f"{file}.index.json") for file in need.split("|"))
 
     layout = kind.called(name)
-    if name is not None and layout is None:
+    if layout is None:
         return f"is {_class_of(str(name))}, not {kind.title}"
-    needs = (layout or kind.layouts[0]).holding(holds).needs
+    needs = layout.holding(holds).needs
     lacks = [need.replace("|", " or ") for need in needs if not present(need)]
     if not lacks:
         return None
@@ -342,7 +344,9 @@ def fault_of_file(shapes: Shapes | None, kind: Kind) -> str | None:
         return "is not a safetensors file"
     if kind.marker == MODEL.marker and (other := _other_model(shapes)):
         return f"is {other}, not {kind.title}"
-    lacks = min((_lacks(layout, shapes) for layout in layouts), key=len)
+    # Of what it resembles most.
+    nearest = min(layouts, key=lambda each: len(_lacks(each, shapes)) / len(each.tensors))
+    lacks = _lacks(nearest, shapes)
     return f"lacks the {' and the '.join(lacks)}" if lacks else None
 
 

@@ -167,7 +167,9 @@ def _pipeline(
             parts |= _lent(layout.lacking(shapes_of(source) or {}), configuration, precision)
         pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
         if source.is_file() and "text_encoder_3" in layout.parts:
-            pipe.text_encoder_3.tie_weights()  # diffusers leaves the second name of one on "meta"
+            # diffusers leaves the second name of T5's embeddings on "meta", and its dropout on.
+            pipe.text_encoder_3.tie_weights()
+            pipe.text_encoder_3.eval()
         pipe.register_to_config(_name_or_path=str(source))
         _check_parts(pipe)
     return pipe
@@ -207,7 +209,8 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
     for adapter, lora in zip(adapters, found, strict=True):
         folder, name = str(lora.file.parent), lora.file.name
         try:
-            with memory_errors():
+            with memory_errors(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="peft")  # of several that add up
                 pipe.load_lora_weights(
                     folder, weight_name=name, adapter_name=adapter, local_files_only=True
                 )

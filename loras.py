@@ -18,7 +18,7 @@ import hub
 from errors import InputError, ModelError, one_line
 from kinds import PICKLES, WEIGHTS, Kind, Layout, is_lora, shapes_of
 
-FORMS = "a .safetensors file, a folder with one or a Hub id, as it is or with :WEIGHT"
+FORMS = "a .safetensors file, a folder with one, a Hub id or Hub id/file, with :WEIGHT if wanted"
 USUAL = "pytorch_lora_weights.safetensors"  # what diffusers calls the file
 # Part of a pipeline -> names of the tensors that change it, as diffusers and kohya's scripts have.
 _PARTS = {
@@ -119,7 +119,7 @@ def _fetched(name: str, offline: bool) -> Path:
     if not file:
         names = hub.files_of(repo, LORA, offline)
         if fault := _fault_of_names(names):
-            raise ModelError(f"{repo} can not be used: it {fault}; --lora {repo}/<file> names one")
+            raise ModelError(f"{repo} can not be used: it {fault}")
         file = _chosen(names)
     one = Layout(classes=(), parts={"": (file,)})
     path = hub.fetch(repo, replace(LORA, layouts=(one,)), offline) / file
@@ -151,7 +151,8 @@ def _fault_of_names(names: Iterable[str]) -> str | None:
     weights = sorted(name for name in names if name.endswith(WEIGHTS) and "/" not in name)
     if USUAL in weights or len(weights) == 1:
         return None
-    return f"has several: {', '.join(weights)}" if weights else f"has no {WEIGHTS} file"
+    several = f"has several, of which one must be named: {', '.join(weights)}"
+    return several if weights else f"has no {WEIGHTS} file"
 
 
 def _chosen(names: Iterable[str]) -> str:

@@ -254,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "model_index.json" in files:
             config = {"diffusers": {"_class_name": _class_name(files["model_index.json"])}}
         else:
-            config = {"model_type": json.loads(files["config.json"]).get("model_type")}
+            config = {"model_type": json.loads(files.get("config.json", b"{}")).get("model_type")}
         if repository in self.hub.silent:
             config = {}
         siblings = [{"rfilename": name} for name in files]

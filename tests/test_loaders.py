@@ -270,6 +270,7 @@ def assert_same_weights(found: Any, expected: Any) -> None:
     ours, theirs = networks_of(found), networks_of(expected)
     assert ours.keys() == theirs.keys()
     for name, network in theirs.items():
+        assert not ours[name].training  # or dropout would read another prompt each time
         state = ours[name].state_dict()
         assert state.keys() == network.state_dict().keys()
         for key, value in network.state_dict().items():

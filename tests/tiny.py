@@ -249,3 +249,41 @@ def t5_encoder() -> Any:
         vocab_size=64, d_model=WIDTH + WIDTH_2, d_kv=8, d_ff=37, num_layers=2, num_heads=4
     )
     return T5EncoderModel(config).eval()
+
+
+def lora(pipe: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A LoRA for all attention of a pipeline, text encoders included, as peft names its tensors."""
+    rng = torch.Generator().manual_seed(seed)
+    parts = {
+        "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+        "transformer": ("to_q", "to_k", "to_v", "to_out.0"),
+        "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "text_encoder_2": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    }
+    tensors = {}
+    for part, changed in parts.items():
+        network = getattr(pipe, part, None)
+        for name, module in network.named_modules() if network is not None else ():
+            if name.endswith(changed) and isinstance(module, nn.Linear):
+                down, up = (2, module.in_features), (module.out_features, 2)
+                tensors[f"{part}.{name}.lora_A.weight"] = torch.randn(down, generator=rng) / 4
+                tensors[f"{part}.{name}.lora_B.weight"] = torch.randn(up, generator=rng) / 4
+    return tensors
+
+
+def kohya(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same LoRA under the names of kohya's scripts, as most LoRAs in circulation have them."""
+    several = any(name.startswith("text_encoder_2") for name in tensors)
+    parts = {
+        "unet.": "lora_unet_",
+        "text_encoder.": f"lora_te{'1' * several}_text_model_",
+        "text_encoder_2.": "lora_te2_text_model_",
+    }
+    found = {}
+    for name, value in tensors.items():
+        part = next(part for part in parts if name.startswith(part))
+        module, _, way = name.removeprefix(part).removesuffix(".weight").rpartition(".")
+        start = parts[part] + module.removeprefix("text_model.").replace(".", "_")
+        found[f"{start}.{'lora_down' if way == 'lora_A' else 'lora_up'}.weight"] = value
+        found[f"{start}.alpha"] = torch.tensor(2.0)  # the rank: no scaling
+    return found
