@@ -13,9 +13,23 @@ from PIL import Image
 
 import cycles
 import outputs
+from cycles import Records
 from errors import ResourceError
+from prompts import Prompt
 
 SEED = 7
+KEY = (1, SEED)
+
+
+def records(folder: Path) -> Records:
+    """An evaluation of one prompt and one seed."""
+    return Records(folder, [Prompt(("a black dog",), " and ")], range(SEED, SEED + 1))
+
+
+def finished(folder: Path) -> dict[int, cycles.Row]:
+    """The cycles that have a row and both their pictures."""
+    of = records(folder)
+    return {key[1]: row for key, row in of.rows() if of.is_painted(key)}
 
 
 def row_of(seed: int) -> cycles.Row:
@@ -35,13 +49,13 @@ def folder(tmp_path: Path) -> Path:
     """A folder of one finished cycle."""
     for name in cycles.PICTURES:
         picture = Image.effect_noise((64, 64), 50).convert("RGB")
-        outputs.save_image(cycles.picture_file(tmp_path, SEED, name), picture, "a black dog")
-    outputs.append_json_line(cycles.rows_file(tmp_path, 0), row_of(SEED))
+        outputs.save_image(records(tmp_path).picture_file(KEY, name), picture, "a black dog")
+    outputs.append_json_line(records(tmp_path).rows_file(0), row_of(SEED))
     return tmp_path
 
 
 def test_a_row_with_both_pictures_is_a_finished_cycle(folder: Path) -> None:
-    assert cycles.finished(folder) == {SEED: row_of(SEED)}
+    assert finished(folder) == {SEED: row_of(SEED)}
 
 
 @pytest.mark.parametrize("name", cycles.PICTURES)
@@ -49,23 +63,23 @@ def test_a_row_with_both_pictures_is_a_finished_cycle(folder: Path) -> None:
     "kept", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999], ids=lambda share: f"{share:.1%} left"
 )
 def test_a_picture_that_is_cut_is_no_picture(folder: Path, name: str, kept: float) -> None:
-    path = cycles.picture_file(folder, SEED, name)
+    path = records(folder).picture_file(KEY, name)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    assert cycles.finished(folder) == {}
+    assert finished(folder) == {}
 
 
 def test_no_byte_of_a_picture_can_change_unnoticed(folder: Path) -> None:
-    path = cycles.picture_file(folder, SEED, "plain")
+    path = records(folder).picture_file(KEY, "plain")
     data = path.read_bytes()
     for at in [*range(60), *range(60, len(data) - 20, 97), *range(len(data) - 20, len(data))]:
         changed = bytearray(data)
         changed[at] ^= 0xFF
         path.write_bytes(changed)
         os.utime(path, ns=(at, at))  # a change in the same tick of the clock
-        assert cycles.finished(folder) == {}, f"byte {at} of {len(data)}"
+        assert finished(folder) == {}, f"byte {at} of {len(data)}"
     path.write_bytes(data)
-    assert SEED in cycles.finished(folder)
+    assert SEED in finished(folder)
 
 
 def a_folder(path: Path) -> None:
@@ -88,12 +102,12 @@ ODDITIES = [a_folder, a_dead_link, endless, *([os.mkfifo] if hasattr(os, "mkfifo
 def test_what_is_no_file_is_no_picture_and_nothing_is_waited_for(
     folder: Path, make: Callable[[Path], Any]
 ) -> None:
-    path = cycles.picture_file(folder, SEED, "tempered")
+    path = records(folder).picture_file(KEY, "tempered")
     path.unlink()
     make(path)
-    assert cycles.finished(folder) == {}
+    assert finished(folder) == {}
     make(folder / "cycles-1.jsonl")
-    assert cycles.finished(folder) == {}
+    assert finished(folder) == {}
 
 
 @pytest.mark.parametrize(
@@ -114,18 +128,18 @@ def test_a_row_that_lacks_what_a_summary_takes_is_no_row(
     folder: Path, change: dict[str, Any]
 ) -> None:
     row = {name: value for name, value in {**row_of(SEED), **change}.items() if value is not None}
-    cycles.rows_file(folder, 0).write_text(json.dumps(row) + "\n", encoding="utf-8")
-    assert cycles.finished(folder) == {}
+    records(folder).rows_file(0).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert finished(folder) == {}
 
 
 @pytest.mark.parametrize(
     "line", ["", "[" * 100_000, '{"seed": 7', "null", "\x00"], ids=lambda line: repr(line[:9])
 )
 def test_lines_that_are_no_rows_hide_no_others(folder: Path, line: str) -> None:
-    with cycles.rows_file(folder, 0).open("a", encoding="utf-8") as file:
+    with records(folder).rows_file(0).open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
-    outputs.append_json_line(cycles.rows_file(folder, 0), {**row_of(SEED), "unet_calls": 21})
-    assert cycles.finished(folder)[SEED]["unet_calls"] == 21  # the later row counts
+    outputs.append_json_line(records(folder).rows_file(0), {**row_of(SEED), "unet_calls": 21})
+    assert finished(folder)[SEED]["unet_calls"] == 21  # the later row counts
 
 
 def test_who_paints_keeps_others_out_until_it_is_done(folder: Path) -> None:
@@ -148,3 +162,33 @@ def test_what_a_kill_left_is_removed_and_nothing_else(folder: Path) -> None:
     (folder / ".fedcba9876543210.tmp").mkdir()
     cycles.prepare(folder)
     assert set(folder.iterdir()) == before | mine
+
+
+# --- Several prompts.
+
+PAIR = [Prompt(("a cat", "a dog"), " and "), Prompt(("¿qué?", "*"), " / ")]
+
+
+def test_each_prompt_has_a_folder_that_says_which(tmp_path: Path) -> None:
+    many = Records(tmp_path, PAIR * 6, range(3, 5))
+    assert many.keys[:3] == [(1, 3), (1, 4), (2, 3)]
+    assert len(many.keys) == len({many.picture_file(key, "plain") for key in many.keys}) == 24
+    assert many.picture_file((1, 4), "plain") == tmp_path / "01-a-cat-and-a-dog" / "4-plain.png"
+    assert many.picture_file((12, 3), "plain") == tmp_path / "12-que" / "3-plain.png"
+
+
+def test_rows_of_all_processes_and_of_no_other_cycle_are_taken(tmp_path: Path) -> None:
+    of = Records(tmp_path, PAIR, range(3, 5))
+    for rank, (number, seed) in enumerate([(1, 3), (2, 4), (2, 9), (3, 3), (0, 3)]):
+        outputs.append_json_line(of.rows_file(rank), {**row_of(seed), "prompt": number})
+    outputs.append_json_line(tmp_path / "cycles-mine.jsonl", {**row_of(4), "prompt": 1})
+    outputs.append_json_line(of.rows_file(7), {**row_of(4), "prompt": "1"})
+    assert sorted(key for key, _ in of.rows()) == [(1, 3), (2, 4)]
+
+
+def test_notes_of_one_judge_are_not_those_of_another(tmp_path: Path) -> None:
+    of = Records(tmp_path, PAIR, range(3, 5))
+    for judge in ("owlv2", "owlv2-large"):
+        outputs.append_json_line(of.notes_file(judge, 0), {"judge": judge})
+        outputs.append_json_line(of.notes_file(judge, 11), {"judge": judge})
+    assert [row["judge"] for row in of.notes("owlv2")] == ["owlv2"] * 2
