@@ -18,7 +18,7 @@ Shapes = Mapping[str, Sequence[int]]  # of a single file's tensors, by name
 
 WEIGHTS = ".safetensors"
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-_SMALL = ("*.json", "*.txt")  # configurations, indices of shards, vocabularies
+_SMALL = ("*.json", "*.txt")
 _LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 # What models of other kinds are, by what they call themselves.
@@ -68,11 +68,12 @@ class Layout:
     def patterns(self) -> list[str]:
         """What is fetched of a Hub repository: neither pickles nor variants such as fp16."""
         names = [name for need in self.needs for name in need.split("|")]
-        shards = [name.replace(WEIGHTS, f"-?????-of-?????{WEIGHTS}") for name in names]
-        # Beside a pipeline's index there is nothing of use.
-        folders = [f"{part}/" for part in self.parts if part] or [""]
-        small = _SMALL if any(name.endswith(".json") for name in names) else ()
-        return [*names, *shards, *(folder + each for folder in folders for each in small)]
+        weights = [name for name in names if name.endswith(WEIGHTS)]
+        shards = [name.replace(WEIGHTS, f"-?????-of-?????{WEIGHTS}") for name in weights]
+        # Tokenizers may have more files than they need.
+        rich = [folder for folder, needs in self.parts.items() if "tokenizer_config.json" in needs]
+        small = [f"{folder}/{each}".lstrip("/") for folder in rich for each in _SMALL]
+        return [*names, *shards, *(f"{name}.index.json" for name in weights), *small]
 
     @property
     def bare(self) -> Layout:

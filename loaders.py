@@ -65,6 +65,7 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unipc": ("UniPCMultistepScheduler", _ON_FLOWS, "flow_shift"),
 }
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DTYPE_NAMES = {long: short for short, long in DTYPES.items()}
 # Arguments of diffusers' pipelines, as far as they know them, for a picture that is left as it is.
 UNWANTED = {
     "safety_checker": None,
@@ -165,6 +166,8 @@ def _pipeline(
         else:
             parts |= _lent(layout.lacking(shapes_of(source) or {}), configuration, precision)
         pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
+        if source.is_file() and "text_encoder_3" in layout.parts:
+            pipe.text_encoder_3.tie_weights()  # diffusers leaves the second name of one on "meta"
         pipe.register_to_config(_name_or_path=str(source))
         _check_parts(pipe)
     return pipe
@@ -381,9 +384,8 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     """
     import torch
 
-    shorter = {long: short for short, long in DTYPES.items()}
     text = str(name).removeprefix("torch.")
-    text = shorter.get(text, text)
+    text = DTYPE_NAMES.get(text, text)
     if name is None:
         # Older torch has no get_capabilities, and knows of x86 alone whether it has bf16.
         found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

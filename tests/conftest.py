@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tiny
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from originals import single_file
+from safetensors.torch import save_file
 
 from kinds import MODEL
 from loaders import FLOW_SCHEDULERS, SCHEDULERS, load_clipseg, load_pipeline, set_scheduler
@@ -33,6 +35,43 @@ def pipe() -> StableDiffusionPipeline:
 @pytest.fixture(scope="session")
 def clipseg() -> ClipSeg:
     return load_clipseg("pocket", device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of each family as a folder; without T5, too."""
+    parent = tmp_path_factory.mktemp("tiny")
+    pipes = {**{name: tiny.shared(name) for name in tiny.FAMILIES}, "bare": tiny.shared("bare")}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(parent / name)
+    return {name: parent / name for name in pipes}
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny_folders: dict[str, Path]) -> dict[str, Path]:
+    """The same as single files; of Stable Diffusion 3 also one that lacks the text encoders."""
+    parent = next(iter(tiny_folders.values())).parent
+    states = {name: single_file(tiny.shared(name)) for name in tiny_folders}
+    states["mute"] = single_file(tiny.shared("sd3"), text_encoders=False)
+    for name, state in states.items():
+        save_file(state, parent / f"{name}.safetensors")
+    return {name: parent / f"{name}.safetensors" for name in states}
+
+
+@pytest.fixture(scope="session")
+def lenders(
+    tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """In the Hub's cache: the models that have what single files leave out."""
+    cache = tmp_path_factory.mktemp("cache")
+    for family, repo in tiny.LENDERS.items():
+        folder = cache / f"models--{repo.replace('/', '--')}"
+        shutil.copytree(tiny_folders[family], folder / "snapshots" / "0")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(params=list(SCHEDULERS))

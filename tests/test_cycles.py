@@ -21,17 +21,6 @@ SEED = 7
 KEY = (1, SEED)
 
 
-def records(folder: Path) -> Records:
-    """An evaluation of one prompt and one seed."""
-    return Records(folder, [Prompt(("a black dog",), " and ")], range(SEED, SEED + 1))
-
-
-def finished(folder: Path) -> dict[int, cycles.Row]:
-    """The cycles that have a row and both their pictures."""
-    of = records(folder)
-    return {key[1]: row for key, row in of.rows() if of.is_painted(key)}
-
-
 def row_of(seed: int) -> cycles.Row:
     figures = {"ppv": 0.5, "npv": 0.5, "js": 0.5}
     made_by = {"model": "pocket", "dtype": "float32"}
@@ -42,6 +31,16 @@ def row_of(seed: int) -> cycles.Row:
         "plain": dict(figures),
         "tempered": dict(figures),
     }
+
+
+def records(folder: Path) -> Records:
+    return Records(folder, [Prompt(("a black dog",), "")], range(SEED, SEED + 1))
+
+
+def finished(folder: Path) -> dict[cycles.Key, cycles.Row]:
+    """What is not painted again: whole rows of which both pictures are sound."""
+    known = records(folder)
+    return {key: row for key, row in known.rows() if known.is_painted(key)}
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_row_with_both_pictures_is_a_finished_cycle(folder: Path) -> None:
-    assert finished(folder) == {SEED: row_of(SEED)}
+    assert finished(folder) == {KEY: row_of(SEED)}
 
 
 @pytest.mark.parametrize("name", cycles.PICTURES)
@@ -76,10 +75,9 @@ def test_no_byte_of_a_picture_can_change_unnoticed(folder: Path) -> None:
         changed = bytearray(data)
         changed[at] ^= 0xFF
         path.write_bytes(changed)
-        os.utime(path, ns=(at, at))  # a change in the same tick of the clock
         assert finished(folder) == {}, f"byte {at} of {len(data)}"
     path.write_bytes(data)
-    assert SEED in finished(folder)
+    assert KEY in finished(folder)
 
 
 def a_folder(path: Path) -> None:
@@ -139,7 +137,7 @@ def test_lines_that_are_no_rows_hide_no_others(folder: Path, line: str) -> None:
     with records(folder).rows_file(0).open("a", encoding="utf-8") as file:
         file.write(f"{line}\n")
     outputs.append_json_line(records(folder).rows_file(0), {**row_of(SEED), "unet_calls": 21})
-    assert finished(folder)[SEED]["unet_calls"] == 21  # the later row counts
+    assert finished(folder)[KEY]["unet_calls"] == 21  # the later row counts
 
 
 def test_who_paints_keeps_others_out_until_it_is_done(folder: Path) -> None:

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from loopback import Hub, ask, closed_url, hub, hub_environment
+from loopback import Files, Hub, ask, child, closed_url, files_of, hub, hub_environment
 from safetensors.torch import save_file
 
 from errors import InputError
@@ -99,6 +100,115 @@ def test_single_files_are_known_by_their_header(tmp_path: Path) -> None:
     check(str(SEGMENTER.pocket), SEGMENTER)
 
 
+# What lies beside a model in the repositories of the families.
+UNNEEDED = (
+    "README.md",
+    "LICENSE.md",
+    "model_index.fp16.json",
+    "sd3.5_medium.safetensors",
+    "text_encoder/flax_model.msgpack",
+    "text_encoder/model.fp16.safetensors",
+    "text_encoder/model.onnx",
+    "text_encoder/openvino_model.bin",
+    "text_encoder_2/pytorch_model.bin",
+    "text_encoder_3/model.fp16-00001-of-00002.safetensors",
+    "text_encoder_3/model.safetensors.index.fp16.json",
+    "text_encoders/clip_g.safetensors",
+    "transformer/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/model.onnx_data",
+    "vae/diffusion_pytorch_model.bin",
+    "vae_1_0/diffusion_pytorch_model.safetensors",
+    "vae_decoder/model.onnx",
+)
+
+
+@pytest.fixture
+def repositories(hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path) -> dict[str, Files]:
+    """The families' own files, which the stand-in serves among others; T5's in shards."""
+    own = {tiny.LENDERS[name]: files_of(tiny_folders[name]) for name in tiny.LENDERS}
+    of_3 = own[tiny.LENDERS["sd3"]]
+    del of_3["text_encoder_3/model.safetensors"]
+    t5 = tiny.shared("sd3").text_encoder_3
+    t5.save_pretrained(tmp_path / "t5" / "text_encoder_3", max_shard_size="30KB")
+    own[tiny.LENDERS["sd3"]] = {**of_3, **files_of(tmp_path / "t5")}
+    for files in own.values():  # the client fetches what is equal once: so that nothing is
+        for number, name in enumerate(files):
+            files[name] += b"\n" * number * name.endswith(".json")
+    for name, files in own.items():
+        hub.repositories[name] = {**dict.fromkeys(UNNEEDED, b"not needed"), **files}
+    return own
+
+
+def test_of_every_family_only_what_is_needed_is_fetched(
+    hub: Hub, repositories: dict[str, Files], tmp_path: Path
+) -> None:
+    code = """
+    from kinds import MODEL
+    for repo in sys.argv[1:]:
+        resolve(repo, MODEL.bare)
+    answer = [str(resolve(repo, MODEL.bare, offline=True)) for repo in sys.argv[1:]]"""
+    environment = hub.environment(tmp_path / "home")
+    assert len(child(code.strip(), environment, *repositories)["answer"]) == 3
+    needed = {f"{repo}/{file}" for repo, files in repositories.items() for file in files}
+    t5 = {file for file in needed if "_3/" in file}
+    assert len([file for file in t5 if "-of-" in file]) > 1
+    assert hub.downloads() == sorted(needed - t5)
+
+    (of_3,) = {file.rpartition("/text_encoder_3/")[0] for file in t5} - {""}
+    offline = ask(environment, of_3, offline=True)["answer"]["text"]
+    assert "it is not complete in the cache, and offline nothing is fetched" in offline
+    ask(environment, of_3)
+    assert hub.downloads() == sorted(needed)
+
+
+def test_of_a_single_files_lender_only_what_the_file_lacks_is_fetched(
+    hub: Hub, repositories: dict[str, Files], tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    code = """
+    from hub import configuration
+    from kinds import MODEL
+    answer = [str(configuration(Path(file), MODEL, False)) for file in sys.argv[1:]]"""
+    names = ["sd2", "sdxl", "sd3"]
+    environment = hub.environment(tmp_path / "home")
+    child(code.strip(), environment, *(tiny_files[name] for name in names))
+    small = {
+        f"{repo}/{file}"
+        for repo, files in repositories.items()
+        for file in files
+        if "safetensors" not in file
+    }
+    assert hub.downloads() == sorted(small)
+    child(code.strip(), environment, tiny_files["mute"])
+    clips = {file for file in hub.downloads() if file.endswith(".safetensors")}
+    of_3 = tiny.LENDERS["sd3"]
+    assert clips == {
+        f"{of_3}/{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")
+    }
+    assert hub.downloads() == sorted(small | clips)
+
+
+def test_a_lender_behind_terms_is_named_with_what_helps(
+    hub: Hub, tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.refusals[tiny.LENDERS["sd3"]] = (403, "GatedRepo")
+    code = "answer = load_pipeline(sys.argv[1])"
+    said = child(code, hub.environment(tmp_path), tiny_files["sd3"])["answer"]
+    assert said["error"] == 1
+    assert said["text"].startswith(
+        f"can not download {tiny.LENDERS['sd3']}: accept its terms on the Hub and log in with "
+        "`hf auth login`; a single file needs the configuration and tokenizer of "
+    )
+
+
+def test_the_hub_need_not_say_what_a_model_is(
+    hub: Hub, repositories: dict[str, Files], tmp_path: Path
+) -> None:
+    hub.silent.add(tiny.LENDERS["sdxl"])
+    folder = Path(ask(hub.environment(tmp_path), tiny.LENDERS["sdxl"])["answer"])
+    assert files_of(folder).keys() == repositories[tiny.LENDERS["sdxl"]].keys()
+
+
 @pytest.mark.parametrize("reset", [False, True], ids=["ends early", "reset"])
 def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -> None:
     hub.drop(f"{STABLE_DIFFUSION}/{UNET}", reset=reset)
@@ -110,7 +220,7 @@ def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -
 def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(
     hub: Hub, tmp_path: Path
 ) -> None:
-    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=3, reset=True)
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=7, reset=True)
     environment = hub.environment(tmp_path)
     said = ask(environment)
     assert said["answer"]["error"] == 1
@@ -127,6 +237,43 @@ def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(
     assert (folder / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
     assert len(hub.downloads()) == len(before) + 1  # the rest was not fetched again
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])
+def test_a_busy_hub_is_asked_again_and_what_is_complete_is_kept(
+    hub: Hub, tmp_path: Path, status: int
+) -> None:
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", status, times=2)
+    hub.answer_busy(STABLE_DIFFUSION, status, times=2)
+    said = ask(hub.environment(tmp_path), STABLE_DIFFUSION)
+    assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
+    downloads = hub.downloads()
+    assert [path for path in downloads if downloads.count(path) > 1] == [
+        f"{STABLE_DIFFUSION}/{UNET}"
+    ] * downloads.count(f"{STABLE_DIFFUSION}/{UNET}")
+
+
+def test_a_hub_that_stays_busy_is_asked_for_a_minute_in_growing_pauses(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", 503, times=10**9)
+    environment = hub.environment(tmp_path)
+    said = ask(environment, STABLE_DIFFUSION)
+    assert said["answer"]["error"] == 1
+    assert "broke off, the Hub can not be reached (it answers 503); run" in said["answer"]["text"]
+    assert sum(said["pauses"]) >= 60
+    assert said["pauses"] == sorted(set(said["pauses"]))
+    told = re.findall("it answers 503.; trying again in ([0-9]+) s\n", said["stderr"])
+    assert [int(pause) for pause in told] == said["pauses"]
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", 503)
+    assert Path(ask(environment, STABLE_DIFFUSION)["answer"]).is_dir()
+
+
+def test_what_will_not_pass_is_not_asked_for_again(hub: Hub, tmp_path: Path) -> None:
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", 403, times=10**9)
+    said = ask(hub.environment(tmp_path), STABLE_DIFFUSION)
+    assert (said["answer"]["error"], said["pauses"]) == (1, [])
+    assert ask(hub_environment(closed_url(), tmp_path / "other"))["pauses"] == []  # no network
 
 
 @pytest.mark.parametrize("offline", [False, True], ids=["closed port", "offline"])

@@ -7,17 +7,22 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import pytest
+import tiny
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
+from originals import single_file
 from safetensors.torch import load_file, save_file
 
 import loaders
 from errors import InputError, ModelError, ResourceError, memory_errors
+from families import networks_of
 from hub import CLIPSEG, POCKET, resolve
 from kinds import STABLE_DIFFUSION
 from loaders import (
@@ -30,6 +35,8 @@ from loaders import (
     pick_device,
     pick_dtype,
     scheduler_name,
+    scheduler_of,
+    set_scheduler,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +48,8 @@ REPOSITORY = Path(loaders.__file__).parent
 PAINTER = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 SEGMENTER = REPOSITORY / "pocket" / "weights" / "clipseg"
 UNET = "unet/diffusion_pytorch_model.safetensors"
+Tensors = dict[str, torch.Tensor]
+Change = Callable[[Tensors], Tensors]
 SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral, lcm"
 
 
@@ -134,10 +143,12 @@ def test_offload_needs_a_gpu() -> None:
 # The Hub.
 
 
-def test_first_run_fetches_what_is_needed_and_the_second_nothing(hub: Hub, tmp_path: Path) -> None:
+def test_first_run_fetches_what_is_needed_and_the_second_nothing(
+    hub: Hub, pocket: StableDiffusionPipeline, tmp_path: Path
+) -> None:
     environment = hub.environment(tmp_path / "home")
     original = tmp_path / "Mine v2.safetensors"
-    save_file(single_file(), original)
+    save_file(single_file(pocket), original)
     code = """
     import torch
     pipe, clipseg = load_pipeline(), load_clipseg(dtype="fp32")
@@ -180,9 +191,11 @@ def test_first_run_fetches_what_is_needed_and_the_second_nothing(hub: Hub, tmp_p
     assert len(hub.requests) == before
 
 
-def test_single_file_needs_the_configuration_once(tmp_path: Path) -> None:
+def test_single_file_needs_the_configuration_once(
+    pocket: StableDiffusionPipeline, tmp_path: Path
+) -> None:
     original = tmp_path / "mine.safetensors"
-    save_file(single_file(), original)
+    save_file(single_file(pocket), original)
     code = "answer = load_pipeline(sys.argv[1], offline=True)"
     said = child(code, hub_environment(closed_url(), tmp_path), original)
     assert said["answer"]["error"] == 1
@@ -190,6 +203,172 @@ def test_single_file_needs_the_configuration_once(tmp_path: Path) -> None:
         f"a single file needs the configuration and tokenizer of {STABLE_DIFFUSION} once (2 MB)"
     )
     assert needed in said["answer"]["text"]
+
+
+# Families, each as a folder and as a single file.
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "bare"])
+def test_folder_and_single_file_of_every_family_hold_the_same(
+    family: str, tiny_folders: dict[str, Path], tiny_files: dict[str, Path], lenders: None
+) -> None:
+    expected = tiny.shared(family)
+    for source in (tiny_folders[family], tiny_files[family]):
+        found = load_pipeline(source, device="cpu", dtype="fp32", offline=True)
+        assert type(found) is type(expected)
+        assert_same_weights(found, expected)
+        assert model_name(found) == source.name
+    assert len(networks_of(expected)) == {"sd2": 3, "sdxl": 4, "sd3": 5, "bare": 4}[family]
+
+
+def test_t5_is_left_out_by_choice(
+    tiny_folders: dict[str, Path], tiny_files: dict[str, Path], lenders: None
+) -> None:
+    for source in (tiny_folders["sd3"], tiny_files["sd3"]):
+        found = load_pipeline(source, t5=False, device="cpu", dtype="fp32", offline=True)
+        assert found.tokenizer_3 is None
+        assert_same_weights(found, tiny.shared("bare"))
+
+
+def test_t5_is_left_out_where_its_folder_was_deleted(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folders["sd3"], tmp_path / "sd3"))
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / part)
+    found = load_pipeline(folder, device="cpu", dtype="fp32")
+    assert_same_weights(found, tiny.shared("bare"))
+
+
+def test_a_single_file_without_text_encoders_borrows_the_clips(
+    tiny_files: dict[str, Path], lenders: None
+) -> None:
+    found = load_pipeline(tiny_files["mute"], device="cpu", dtype="fp32", offline=True)
+    assert_same_weights(found, tiny.shared("bare"))
+
+
+def test_the_schedule_of_a_single_file_is_its_lenders_unless_it_says_otherwise(
+    tiny_files: dict[str, Path], tmp_path: Path, lenders: None
+) -> None:
+    def schedule(file: Path, **options: Any) -> dict[str, Any]:
+        return dict(load_pipeline(file, device="cpu", offline=True, **options).scheduler.config)
+
+    assert schedule(tiny_files["sd2"])["prediction_type"] == "v_prediction"
+    of_512 = schedule(tiny_files["sd2"], prediction_type="epsilon")
+    assert of_512["prediction_type"] == "epsilon"
+    assert schedule(tiny_files["sd3"])["shift"] == 3.0
+    predicts_v = tmp_path / "v.safetensors"
+    markers = {name: torch.ones(1) for name in ("v_pred", "ztsnr")}
+    save_file({**load_file(tiny_files["sdxl"]), **markers}, predicts_v)
+    plain, told = schedule(tiny_files["sdxl"]), schedule(predicts_v)
+    names = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")
+    assert [plain[name] for name in names] == ["epsilon", False, "leading"]
+    assert [told[name] for name in names] == ["v_prediction", True, "trailing"]
+
+
+def assert_same_weights(found: Any, expected: Any) -> None:
+    ours, theirs = networks_of(found), networks_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, network in theirs.items():
+        state = ours[name].state_dict()
+        assert state.keys() == network.state_dict().keys()
+        for key, value in network.state_dict().items():
+            assert torch.equal(state[key], value), f"{name} {key}"
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "found"),
+    [
+        ("sdxl", None, "EulerDiscreteScheduler"),
+        ("sd3", None, "FlowMatchEulerDiscreteScheduler"),
+        ("sd3", "DPM++ 2M", "DPMSolverMultistepScheduler"),
+        ("sd3", "heun", "FlowMatchHeunDiscreteScheduler"),
+        ("sd3", "unipc", "UniPCMultistepScheduler"),
+    ],
+)
+def test_the_schedulers_of_a_family_know_its_schedule(
+    family: str, scheduler: str | None, found: str, tiny_folders: dict[str, Path]
+) -> None:
+    pipe = load_pipeline(tiny_folders[family], scheduler=scheduler, device="cpu")
+    assert type(pipe.scheduler).__name__ == found
+    assert scheduler_of(pipe) == scheduler_name(scheduler or "euler")
+    config = dict(pipe.scheduler.config)
+    if family == "sd3":
+        assert 3.0 in (config.get("shift"), config.get("flow_shift"))
+        set_scheduler(pipe, "euler")  # and back: the shift is not lost on the way
+        assert pipe.scheduler.config.shift == 3.0
+
+
+def test_a_model_that_was_distilled_to_lcm_has_its_scheduler(tmp_path: Path) -> None:
+    tiny.latent_consistency().save_pretrained(tmp_path / "lcm")
+    index = tmp_path / "lcm" / "model_index.json"
+    named = {**json.loads(index.read_text()), "_class_name": "LatentConsistencyModelPipeline"}
+    index.write_text(json.dumps(named))
+    pipe = load_pipeline(tmp_path / "lcm", device="cpu")
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert scheduler_of(pipe) == "lcm"
+    assert scheduler_of(load_pipeline(tmp_path / "lcm", scheduler="ddim", device="cpu")) == "ddim"
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (
+            {"scheduler": "pndm"},
+            "--scheduler must be one of euler, dpm++ 2m, heun, unipc with Stable Diffusion 3, "
+            "got 'pndm'",
+        ),
+        (
+            {"prediction_type": "epsilon"},
+            "--prediction_type must not be given with Stable Diffusion 3, got 'epsilon'",
+        ),
+        (
+            {"prediction_type": "noise"},
+            "--prediction_type must be one of epsilon, v_prediction, got 'noise'",
+        ),
+    ],
+)
+def test_what_a_family_does_not_admit_is_refused_before_it_loads(
+    options: dict[str, Any], fault: str, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folders["bare"], tmp_path / "sd3"))
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError) as raised:
+        load_pipeline(folder, **options)
+    assert str(raised.value) == fault
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "setting", "value", "fault"),
+    [
+        ("sdxl", "text_encoder_2", "projection_dim", 32, "width of size and pooled text must be"),
+        ("sd3", "text_encoder_3", "d_model", 48, "width of T5's output must be 96, got 48"),
+        ("sd3", "text_encoder_2", "projection_dim", 32, "width of the pooled text must be 96"),
+    ],
+)
+def test_parts_that_do_not_meet_are_one_line(
+    family: str,
+    part: str,
+    setting: str,
+    value: int,
+    fault: str,
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(tiny_folders[family], tmp_path / family))
+    network = getattr(tiny.shared(family), part)
+    config = type(network.config).from_dict({**network.config.to_dict(), setting: value})
+    type(network)(config).save_pretrained(folder / part)
+    with pytest.raises(ModelError, match=rf"^weights of {family} are corrupt .*{fault}"):
+        load_pipeline(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sdxl", "float16"), ("sd3", "bfloat16")])
+def test_the_dtype_of_a_gpu_is_the_familys(family: str, dtype: str) -> None:
+    gpu = torch.device("cuda")
+    found = loaders._precision(Path("x"), None, gpu, on_flows=family == "sd3")
+    assert found is getattr(torch, dtype)
+    assert loaders._precision(Path("x"), "fp32", gpu, on_flows=True) is torch.float32
 
 
 # Ready models.
@@ -264,6 +443,111 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
         load_clipseg(str(folder))
 
 
+PARTS = {
+    "text_encoder": "text_encoder/model.safetensors",
+    "unet": UNET,
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+def without(names: Sequence[str]) -> Change:
+    return lambda tensors: {name: tensors[name] for name in tensors.keys() - set(names)}
+
+
+def of_another_shape(names: Sequence[str]) -> Change:
+    return lambda tensors: {**tensors, **{name: torch.ones(2, 3, 5) for name in names}}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (without, "tensors of the {} are missing"),
+        (of_another_shape, "tensors of the {} have anoth"),
+    ],
+)
+@pytest.mark.parametrize("every", [2, 10**9], ids=["half", "one"])
+def test_a_part_that_is_not_whole_is_named_and_its_gaps_are_counted(
+    painter: Path, part: str, change: Callable[[Sequence[str]], Change], fault: str, every: int
+) -> None:
+    tensors = load_file(painter / PARTS[part])
+    names = sorted(tensors)[::every]
+    save_file(change(names)(tensors), painter / PARTS[part], metadata={"format": "pt"})
+    with pytest.raises(ModelError) as raised:
+        load_pipeline(str(painter))
+    text = str(raised.value)
+    assert text.startswith("weights of painter are corrupt or do not fit: ")
+    assert f"{len(names)} {fault.format(part)}" in text
+    assert "\n" not in text
+
+
+def test_a_vae_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PAINTER / "vae", tmp_path / "other vae"))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(without(sorted(tensors)[::3])(tensors), weights)
+    with pytest.raises(
+        ModelError, match=r"^weights of other vae .* tensors of the vae are missing"
+    ):
+        load_pipeline(POCKET, vae=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "fault"),
+    [
+        ("unet", {"out_channels": 8}, "channels that the U-Net gives must be 4, got 8"),
+        ("unet", {"in_channels": 9}, "channels of the VAE's latents must be 9, got 4"),
+        ("unet", {"cross_attention_dim": 48}, "width of the text encoder's output must be 48, got"),
+        ("vae", {"out_channels": 1}, "channels of the VAE's pictures must be 3, got 1"),
+    ],
+    ids=str,
+)
+def test_parts_that_were_not_made_for_each_other_are_named(
+    painter: Path, part: str, changed: dict[str, int], fault: str
+) -> None:
+    cls: Any = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+    cls.from_config({**cls.load_config(painter / part), **changed}).save_pretrained(painter / part)
+    with pytest.raises(ModelError, match=re.escape(fault)):
+        load_pipeline(str(painter))
+
+
+def test_a_vocabulary_that_the_text_encoder_does_not_know_is_named(painter: Path) -> None:
+    path = painter / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["zzzz"] = 99_999
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"the tokenizer has \d+ words, the text encoder \d+"):
+        load_pipeline(str(painter))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"hidden_size": "wide"}', '{"hidden_size": 0}'])
+def test_a_configuration_that_no_library_likes_is_one_line(painter: Path, content: str) -> None:
+    (painter / "text_encoder" / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"^weights of painter are corrupt or do not fit: "):
+        load_pipeline(str(painter))
+
+
+# What the ecosystem writes.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_dtype_has_torchs_names_too(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    for spelling in (dtype, str(dtype), name, loaders.DTYPE_NAMES[name]):
+        assert pick_dtype(spelling, torch.device("cuda")) is dtype
+
+
+def test_what_torch_and_pathlib_write_is_taken() -> None:
+    given: Any = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    pipe = load_pipeline(PAINTER, vae=PAINTER / "vae", **given)
+    assert (pipe.unet.dtype, pipe.device.type) == (torch.bfloat16, "cpu")
+    assert load_clipseg(SEGMENTER, **given).model.dtype is torch.bfloat16
+    with pytest.raises(InputError, match=r"--dtype must be bf16 or fp32 on the cpu, got 'fp16'"):
+        load_pipeline(POCKET, dtype=torch.float16, device="cpu")
+    with pytest.raises(InputError, match=r"--dtype must be one of .*, got 'float64'"):
+        load_pipeline(POCKET, dtype=torch.float64)
+
+
 def test_corrupt_cache_is_named_to_be_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "models--a--b" / "snapshots" / "c"
     shutil.copytree(SEGMENTER, folder)
@@ -293,80 +577,3 @@ def test_out_of_memory_names_the_flags_that_help(error: Exception) -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), memory_errors():
         raise RuntimeError("shapes differ")
-
-
-# The original Stable Diffusion's names, the reverse of what diffusers reads.
-
-UNET_NAMES = {
-    r"time_embedding\.linear_1": "time_embed.0",
-    r"time_embedding\.linear_2": "time_embed.2",
-    r"conv_in\.": "input_blocks.0.0.",
-    r"conv_norm_out\.": "out.0.",
-    r"conv_out\.": "out.2.",
-    r"mid_block\.resnets\.0": "middle_block.0",
-    r"mid_block\.attentions\.0": "middle_block.1",
-    r"mid_block\.resnets\.1": "middle_block.2",
-}
-RESNET_NAMES = {
-    r"\.norm1": ".in_layers.0",
-    r"\.conv1": ".in_layers.2",
-    r"\.norm2": ".out_layers.0",
-    r"\.conv2": ".out_layers.3",
-    r"\.time_emb_proj": ".emb_layers.1",
-    r"\.conv_shortcut": ".skip_connection",
-}
-VAE_NAMES = {
-    r"mid_block\.resnets\.0": "mid.block_1",
-    r"mid_block\.resnets\.1": "mid.block_2",
-    r"conv_norm_out": "norm_out",
-    r"conv_shortcut": "nin_shortcut",
-    r"down_blocks\.(\d)\.resnets": r"down.\1.block",
-    r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
-}
-
-
-def single_file() -> dict[str, torch.Tensor]:
-    """The pocket's weights, named as in Stable Diffusion v1's original checkpoint."""
-    unet = load_file(PAINTER / UNET)
-    vae = load_file(PAINTER / "vae" / "diffusion_pytorch_model.safetensors")
-    text = load_file(PAINTER / "text_encoder" / "model.safetensors")
-    prefix = "cond_stage_model.transformer.text_model."
-    return {
-        **{f"model.diffusion_model.{unet_name(name)}": value for name, value in unet.items()},
-        **{f"first_stage_model.{vae_name(name)}": value for name, value in vae.items()},
-        **{prefix + name.removeprefix("text_model."): value for name, value in text.items()},
-    }
-
-
-def unet_name(name: str) -> str:
-    layers = json.loads((PAINTER / "unet" / "config.json").read_text())["layers_per_block"]
-    if block := re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.?(.*)", name):
-        side, number, kind, layer, rest = block.groups()
-        down = side == "down"
-        index = int(number) * (layers + 1) + int(layer) + int(down)
-        if kind.endswith("samplers"):
-            index += layers
-        start = f"{'input' if down else 'output'}_blocks.{index}"
-        if kind == "downsamplers":
-            return rest.replace("conv", f"{start}.0.op")
-        if kind == "upsamplers":
-            above = f"up_blocks.{number}.attentions.0.norm.weight"
-            return f"{start}.{2 if above in load_file(PAINTER / UNET) else 1}.{rest}"
-        name = f"{start}.{0 if kind == 'resnets' else 1}.{rest}"
-        return replaced(name, RESNET_NAMES) if kind == "resnets" else name
-    name = replaced(name, {f"^{old}": new for old, new in UNET_NAMES.items()})
-    return replaced(name, RESNET_NAMES) if re.match(r"middle_block\.[02]", name) else name
-
-
-def vae_name(name: str) -> str:
-    last = len(json.loads((PAINTER / "vae" / "config.json").read_text())["up_block_types"]) - 1
-    if block := re.match(r"decoder\.up_blocks\.(\d)\.(.*)", name):
-        rest = replaced(block[2], {r"resnets": "block", r"upsamplers\.0": "upsample"})
-        name = f"decoder.up.{last - int(block[1])}.{rest}"
-    return replaced(name, VAE_NAMES)
-
-
-def replaced(name: str, names: dict[str, str]) -> str:
-    for old, new in names.items():
-        name = re.sub(old, new, name)
-    return name

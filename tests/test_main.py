@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import evaluation
 import hub
@@ -645,6 +646,78 @@ def test_corrupt_weights_are_one_line(
     assert line.startswith("weights of painter are corrupt or do not fit: ")
     assert line.endswith("; put a sound copy in its place")
     assert not (tmp_path / "runs").exists()
+
+
+def poisoned(source: Path, folder: Path, weights: Path) -> Path:
+    """A copy of a model whose weights of one part are not numbers any more."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / weights)
+    damaged = {
+        name: each * float("nan") if each.is_floating_point() else each
+        for name, each in tensors.items()
+    }
+    save_file(damaged, folder / weights, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_finite_are_named(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = next((POCKET / part).glob("*.safetensors")).relative_to(POCKET)
+    folder = poisoned(POCKET, tmp_path / "painter", weights)
+    words = [*FEW, "--model", str(folder), "--clipseg", "pocket", "--dtype", "fp32"]
+    line = refusal([PAINT, *words, "--output", str(tmp_path / "runs")], capsys, code=1)
+    assert line == (
+        f"the picture is not finite because weights of {part} are not: put a sound copy in their "
+        "place"
+    )
+
+
+def test_a_clipseg_that_sees_no_numbers_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = poisoned(POCKET.with_name("clipseg"), tmp_path / "eyes", Path("model.safetensors"))
+    words = [*FEW, "--clipseg", str(folder), "--output", str(tmp_path / "runs")]
+    line = refusal([PAINT, *words], capsys, code=1)
+    assert line == (
+        "what CLIPSeg sees is not finite because weights of CLIPSeg are not: put a sound copy in "
+        "their place"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--guidance_scale", "--cfg_rescale"])
+def test_settings_that_no_number_survives_are_named_and_not_the_precision(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*FEW, flag, "1e38", "--k", "100", "--dtype", "fp32", "--output", str(tmp_path)]
+    line = refusal([PAINT, *words], capsys, code=1)
+    assert line == (
+        "the picture is not finite in float32; what may help: a smaller --guidance_scale or "
+        "--cfg_rescale"
+    )
+
+
+def test_a_part_that_fails_while_painting_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(POCKET, tmp_path / "painter"))
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "norm_eps": "small"}))
+    words = [*FEW, "--model", str(folder), "--clipseg", "pocket", "--output", str(tmp_path)]
+    line = refusal([PAINT, *words], capsys, code=1)
+    assert line.startswith("the denoiser of this model does not work: ")
+
+
+def test_a_million_rounds_that_are_not_needed_cost_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [PAINT, *FEW, "--rounds", "1000000", "--accept", "100", "--early_look", "0"]
+    main.main([*words, "--output", str(tmp_path)])  # whatever is loaded once
+    begun = time.process_time()
+    assert main.main([*words, "--output", str(tmp_path)]) == 0
+    assert time.process_time() - begun < 5
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_that_can_not_be_had_names_what_would_work(

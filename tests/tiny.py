@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -112,6 +113,8 @@ def stable_diffusion_3(t5: bool = True) -> StableDiffusion3Pipeline:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
+    first = clip(CLIPTextModelWithProjection)
+    nn.init.eye_(first.text_projection.weight)  # single files leave it out
     return StableDiffusion3Pipeline(
         transformer=louder(transformer.eval(), transformer.proj_out),
         vae=vae(
@@ -121,7 +124,7 @@ def stable_diffusion_3(t5: bool = True) -> StableDiffusion3Pipeline:
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=clip(CLIPTextModelWithProjection),
+        text_encoder=first,
         text_encoder_2=clip(CLIPTextModelWithProjection, WIDTH_2, act="gelu"),
         text_encoder_3=t5_encoder() if t5 else None,
         tokenizer=clip_tokenizer(),
@@ -138,10 +141,21 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 
+# Whose configuration diffusers takes for single files of each.
+LENDERS = {
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3.5-medium",
+}
+
+
 @cache
 def shared(family: str) -> Any:
-    """A family's pipeline, made once: whoever changes it brings it back to what it was."""
-    pipe = FAMILIES[family]()
+    """A family's pipeline, made once: whoever changes it brings it back to what it was.
+
+    "bare" is Stable Diffusion 3 without T5.
+    """
+    pipe = stable_diffusion_3(t5=False) if family == "bare" else FAMILIES[family]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
