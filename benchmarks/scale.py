@@ -1,10 +1,11 @@
 """How an evaluation's paperwork grows: resuming, checking, summing up, with rows but no painting.
 
-    python -m benchmarks.scale [--cycles 1000 10000 100000] [--ranks 64]
+    python -m benchmarks.scale [--cycles 1000 10000 100000] [--ranks 64] [--paint 48]
 
 Makes folders as so many processes would have left them (4 seeds a prompt, a judge's notes, every
 picture a link to one of a few), and takes the seconds and the peak memory of each step in a process
-of its own. Prints a table and writes benchmarks/results/scale.json.
+of its own. Then it paints some cycles of the pocket, and holds the time that they took against the
+sum of their model calls. Prints a table and writes benchmarks/results/scale.json.
 """
 
 from __future__ import annotations
@@ -24,19 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 import cycles
 import evaluation
 import outputs
+import painting
 import prompts
 from benchmarks.quality import RESULTS
+from benchmarks.speed import Clock, Loaded
 from comparison import markdown
 from cycles import PICTURES, Records
 from main import parse, to_request
+from session import open_session
 
 SEEDS = 4
 SUBSETS = ("animal-animal", "animal-object", "object-object")
+CPU = torch.device("cpu")
 LINKS = 30_000  # to one file: file systems have a limit
 FLAGS = ("--evaluate", "--model", "pocket", "--cycles", str(SEEDS))
 STEPS = {
@@ -55,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--cycles", nargs="+", type=int, default=[1000, 10_000, 100_000])
-    parser.add_argument("--ranks", type=int, default=64)
+    parser.add_argument("--ranks", type=int, default=64, metavar="N")
+    parser.add_argument("--paint", type=int, default=48, metavar="N", help="cycles of the pocket")
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -71,10 +78,37 @@ def main(argv: Sequence[str] | None = None) -> int:
                 row = {"cycles": count, "processes": args.ranks, "step": step}
                 found.append({**row, **in_a_process(step, folder, args.ranks)})
                 print(found[-1], file=sys.stderr, flush=True)
-    outputs.save_json(RESULTS / "scale.json", {"steps": STEPS, "rows": found})
+    painted = painting_beside_its_models(args.paint)
+    outputs.save_json(RESULTS / "scale.json", {"steps": STEPS, "rows": found, "painting": painted})
     cells = [[str(row.get(name, "")) for name in COLUMNS] for row in found]
     print(markdown([COLUMNS, *cells], words=0))
+    print(
+        f"\n{painted['cycles']} cycles of the pocket: {painted['seconds']:.2f} s each, "
+        f"{painted['times the models']:.3f} times their model calls"
+    )
     return 0
+
+
+def painting_beside_its_models(count: int) -> dict[str, float]:
+    """Seconds of a cycle, files included, and how many times those of its model calls they are."""
+    asked = prompts.load("attend-and-excite", "")
+    with tempfile.TemporaryDirectory() as place:
+        words = ["--evaluate", "--model", "pocket", "--device", "cpu", "--output", place]
+        request = to_request(parse(words))
+        session = open_session(request)
+        clock = Clock(Loaded(session.pipe, session.painter.clipseg, lambda: None))
+        records = Records(Path(place), asked[:: max(1, len(asked) // count)][:count], range(1))
+        begun = time.perf_counter()
+        for row in painting.paint(session, records, records.keys, painting.Batch(1, CPU)):
+            outputs.append_json_line(records.rows_file(0), row)
+        seconds = time.perf_counter() - begun
+    models = sum(part.seconds for part in clock.parts().values())
+    done = len(records.keys)
+    return {
+        "cycles": done,
+        "seconds": round(seconds / done, 3),
+        "times the models": round(seconds / models, 4),
+    }
 
 
 def in_a_process(step: str, folder: Path, ranks: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import cycles
 import outputs
+from cycles import Records
 from errors import ResourceError
 from prompts import Prompt
 
@@ -32,8 +33,8 @@ def row_of(seed: int) -> cycles.Row:
     }
 
 
-def records(folder: Path) -> cycles.Records:
-    return cycles.Records(folder, [Prompt(("a black dog",), "")], range(SEED, SEED + 1))
+def records(folder: Path) -> Records:
+    return Records(folder, [Prompt(("a black dog",), "")], range(SEED, SEED + 1))
 
 
 def finished(folder: Path) -> dict[cycles.Key, cycles.Row]:
@@ -159,3 +160,33 @@ def test_what_a_kill_left_is_removed_and_nothing_else(folder: Path) -> None:
     (folder / ".fedcba9876543210.tmp").mkdir()
     cycles.prepare(folder)
     assert set(folder.iterdir()) == before | mine
+
+
+# --- Several prompts.
+
+PAIR = [Prompt(("a cat", "a dog"), " and "), Prompt(("¿qué?", "*"), " / ")]
+
+
+def test_each_prompt_has_a_folder_that_says_which(tmp_path: Path) -> None:
+    many = Records(tmp_path, PAIR * 6, range(3, 5))
+    assert many.keys[:3] == [(1, 3), (1, 4), (2, 3)]
+    assert len(many.keys) == len({many.picture_file(key, "plain") for key in many.keys}) == 24
+    assert many.picture_file((1, 4), "plain") == tmp_path / "01-a-cat-and-a-dog" / "4-plain.png"
+    assert many.picture_file((12, 3), "plain") == tmp_path / "12-que" / "3-plain.png"
+
+
+def test_rows_of_all_processes_and_of_no_other_cycle_are_taken(tmp_path: Path) -> None:
+    of = Records(tmp_path, PAIR, range(3, 5))
+    for rank, (number, seed) in enumerate([(1, 3), (2, 4), (2, 9), (3, 3), (0, 3)]):
+        outputs.append_json_line(of.rows_file(rank), {**row_of(seed), "prompt": number})
+    outputs.append_json_line(tmp_path / "cycles-mine.jsonl", {**row_of(4), "prompt": 1})
+    outputs.append_json_line(of.rows_file(7), {**row_of(4), "prompt": "1"})
+    assert sorted(key for key, _ in of.rows()) == [(1, 3), (2, 4)]
+
+
+def test_notes_of_one_judge_are_not_those_of_another(tmp_path: Path) -> None:
+    of = Records(tmp_path, PAIR, range(3, 5))
+    for judge in ("owlv2", "owlv2-large"):
+        outputs.append_json_line(of.notes_file(judge, 0), {"judge": judge})
+        outputs.append_json_line(of.notes_file(judge, 11), {"judge": judge})
+    assert [row["judge"] for row in of.notes("owlv2")] == ["owlv2"] * 2
