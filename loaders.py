@@ -490,14 +490,21 @@ def _check_parts(pipe: DiffusionPipeline) -> None:
     for number in ("", "_2", "_3"):
         tokenizer = getattr(pipe, f"tokenizer{number}", None)
         if tokenizer is not None:
-            _check_words(tokenizer, getattr(pipe, f"text_encoder{number}").config)
+            text = getattr(pipe, f"text_encoder{number}").config
+            _check_words(tokenizer, text)
+            _check_length(tokenizer, text)
 
 
 def _check_words(tokenizer: Any, text: Any) -> None:
-    """Raise ValueError for a tokenizer that a text encoder of this configuration can not follow."""
-    words, length = len(tokenizer), tokenizer.model_max_length
+    """Raise ValueError for words that a text encoder of this configuration does not know."""
+    words = len(tokenizer)
     if words > text.vocab_size:
         raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
+
+
+def _check_length(tokenizer: Any, text: Any) -> None:
+    """Raise ValueError for more tokens than the text encoder takes, where the tokenizer decides."""
+    length = tokenizer.model_max_length
     takes = getattr(text, "max_position_embeddings", length)  # T5 takes any number
     if not 2 < length <= takes:
         raise ValueError(f"the tokenizer gives {length} tokens, the text encoder takes {takes}")

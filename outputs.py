@@ -193,8 +193,8 @@ def append_json_line(path: Path, value: object) -> None:
     """
     line = _utf8(_json(_plain(value)) + "\n")
     with _disk_errors(path, "the lines before it are kept"):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is not a file")
+        if path.is_fifo():  # it would be waited for
+            raise OSError(errno.EINVAL, "it is a pipe")
         start = _unfinished(path)
         with path.open("ab") as file:
             if start is not None:
