@@ -31,7 +31,7 @@ from prompts import Prompt
 PAGE = Path(__file__).with_name("page")
 INSIDE = 300  # pairs whose thumbnails are in the page; of more, some spread evenly over them
 SIDES = ("plain", "tempered")
-THUMB, QUALITY = 144, 50  # pixels of a thumbnail's longer side, of WebP
+THUMB, QUALITY = 128, 50  # pixels of a thumbnail's longer side, of WebP
 ARROWS = 2000  # of the scatter plot, likewise
 BARS = 24  # of the histogram, at most
 
