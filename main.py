@@ -242,10 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         run(words)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        # Libraries that are interrupted while they are imported raise whatever comes of it.
+        if heeded or isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            return 130
         if "--debug" in words:
             traceback.print_exc()
         known = isinstance(error, TemperingError)
@@ -492,17 +493,22 @@ def shown(default: object, text: str) -> str:
     return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
 
 
+heeded: list[int] = []  # the signals that have ended this process
+
+
 def heed_signals() -> None:
     """Let what ends a job (docker stop, slurm, torchrun, a closed terminal) do as Ctrl-C does."""
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
             signal.signal(number, interrupt)
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Raise KeyboardInterrupt, once: launchers send a signal to the group and to each process."""
-    signal.signal(number, signal.SIG_IGN)
+    """Raise KeyboardInterrupt; others than Ctrl-C once, for launchers send them several times."""
+    heeded.append(number)
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
