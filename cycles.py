@@ -1,15 +1,18 @@
-"""The cycles of an evaluation on disk: which are finished, and which run may paint the others.
+"""An evaluation on disk: which cycles are finished, who judged them, which run may go on there.
 
-Several processes paint in one folder. Each appends its rows to a file of its own (`cycles.jsonl`,
-`cycles-1.jsonl`, ...) and holds a lock beside it for as long as it lives: a kill ends it, too.
+A cycle is one prompt of the set and one seed: a plain and a tempered picture. Several processes
+paint in one folder. Each appends its rows to a file of its own (`cycles.jsonl`, `cycles-1.jsonl`,
+...), what judges note likewise (`notes-owlv2.jsonl`, ...), and holds a lock beside them for as long
+as it lives: a kill ends it, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,59 +20,111 @@ from typing import Any
 from PIL import Image
 
 import outputs
+from prompts import Prompt
 
 Row = dict[str, Any]
+Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and its seed
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
-PNG_END = b"IEND\xae\x42\x60\x82"  # the last chunk, of which Pillow does not ask for the checksum
+PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
 
-def rows_file(folder: Path, rank: int) -> Path:
-    """Where the process of this rank keeps the rows of its cycles."""
-    return folder / f"cycles{f'-{rank}' if rank else ''}.jsonl"
+@dataclass(frozen=True)
+class Records:
+    """The cycles of an evaluation: its prompts times its seeds, in a folder."""
+
+    folder: Path
+    prompts: Sequence[Prompt]
+    seeds: range
+
+    @cached_property
+    def keys(self) -> list[Key]:
+        """All cycles, prompt by prompt."""
+        return [(n, seed) for n in range(1, len(self.prompts) + 1) for seed in self.seeds]
+
+    def prompt(self, key: Key) -> Prompt:
+        return self.prompts[key[0] - 1]
+
+    def picture_file(self, key: Key, name: str) -> Path:
+        """Where a picture of a cycle is: each of several prompts has a folder of its own."""
+        number, seed = key
+        return self.folder / self._places[number - 1] / f"{seed}-{name}.png"
+
+    @cached_property
+    def _places(self) -> list[str]:
+        if len(self.prompts) == 1:
+            return [""]
+        width = len(str(len(self.prompts)))
+        return [
+            f"{number:0{width}}-{outputs.slug(prompt.text)}"
+            for number, prompt in enumerate(self.prompts, start=1)
+        ]
+
+    def rows_file(self, rank: int) -> Path:
+        """Where the process of this rank keeps the rows of its cycles."""
+        return self.folder / f"cycles{suffix(rank)}.jsonl"
+
+    def rows(self) -> Iterator[tuple[Key, Row]]:
+        """All whole rows of this evaluation's cycles, in no order; of a cycle the last counts."""
+        mine = set(self.keys)
+        for file in _files(self.folder, "cycles"):
+            for row in outputs.each_json_line(file):
+                if is_whole(row) and (key := key_of(row)) in mine:
+                    yield key, row
+
+    def is_painted(self, key: Key) -> bool:
+        """Whether both pictures of a cycle are there and sound."""
+        return all(is_sound(self.picture_file(key, name)) for name in PICTURES)
+
+    def has_files(self, key: Key) -> bool:
+        """Whether both pictures are there; whoever painted them knows whether they are sound."""
+        return all(self.picture_file(key, name).is_file() for name in PICTURES)
+
+    def notes_file(self, judge: str, rank: int) -> Path:
+        """Where the process of this rank keeps what a judge notes."""
+        return self.folder / f"notes-{judge}{suffix(rank)}.jsonl"
+
+    def notes(self, judge: str) -> Iterator[Row]:
+        """What a judge noted of cycles (with their keys) and of single subjects."""
+        for file in _files(self.folder, f"notes-{judge}"):
+            yield from outputs.each_json_line(file)
 
 
-def picture_file(folder: Path, seed: int, name: str) -> Path:
-    """Where the plain or the tempered picture of a cycle is."""
-    return folder / f"{seed}-{name}.png"
+def suffix(rank: int) -> str:
+    return f"-{rank}" if rank else ""
 
 
-def finished(folder: Path) -> dict[int, Row]:
-    """The row of every finished cycle by its seed: a row and both its pictures, all of them whole.
+def _files(folder: Path, stem: str) -> Iterable[Path]:
+    """The files of all ranks."""
+    found = [*folder.glob(f"{stem}.jsonl"), *folder.glob(f"{stem}-[0-9]*.jsonl")]
+    return sorted(path for path in found if path.is_file())
 
-    What is lost or damaged is no finished cycle, so it is painted again; of several rows of a seed
-    the last whole one counts.
-    """
-    files = sorted(path for path in folder.glob("cycles*.jsonl") if path.is_file())
-    rows = [row for file in files for row in outputs.read_json_lines(file) if is_whole(row)]
-    return {row["seed"]: row for row in rows if has_pictures(folder, row["seed"])}
+
+def key_of(row: Row) -> Key:
+    """Evaluations of one prompt have not always told its number."""
+    return row.get("prompt", 1), row["seed"]
 
 
 def is_whole(row: Row) -> bool:
     """Whether a row holds all that a summary takes from it."""
     try:
         figures = [row[name][figure] for name in PICTURES for figure in FIGURES]
-        finite = all(math.isfinite(number) for number in (*figures, row["unet_calls"]))
-        return finite and type(row["seed"]) is int and {"model", "dtype"} <= row.keys()
+        calls = [
+            row["unet_calls"],
+            *(row[n] for n in ("plain_calls", "tempered_calls") if n in row),
+        ]
+        finite = all(math.isfinite(number) for number in (*figures, *calls))
+        whole = all(type(number) is int for number in key_of(row))
+        return finite and whole and {"model", "dtype"} <= row.keys()
     except (KeyError, TypeError, OverflowError):
         return False
 
 
-def has_pictures(folder: Path, seed: int) -> bool:
-    """Whether both pictures of a cycle are there and sound."""
+def is_sound(file: Path) -> bool:
+    """Whether a PNG is complete and agrees with its checksums; a pipe is not even opened."""
     try:
-        files = [picture_file(folder, seed, name) for name in PICTURES]
-        return all(file.is_file() and is_sound(file, file.stat().st_mtime_ns) for file in files)
-    except OSError:
-        return False
-
-
-@cache
-def is_sound(file: Path, modified: int) -> bool:
-    """Whether a PNG, as of its last change, is complete and agrees with its checksums."""
-    try:
-        data = file.read_bytes()
+        data = file.read_bytes() if file.is_file() else b""
         with Image.open(BytesIO(data), formats=["PNG"]) as picture:
             picture.verify()
     except Exception:  # Pillow's own have no family: OSError, SyntaxError, a bomb's
@@ -85,7 +140,8 @@ def prepare(folder: Path) -> None:
     for lock in folder.glob(_lock_file(folder, "*").name):
         with outputs.locked(lock, TAKEN):
             pass
-    outputs.remove_leftovers(folder)
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        outputs.remove_leftovers(place)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""The flow of `--evaluate`: plain against tempered over many seeds, kept cycle by cycle.
+"""The flow of `--evaluate`: plain against tempered over prompts and seeds, kept cycle by cycle.
 
 Several processes (`accelerate launch main.py --evaluate ...`) share the cycles by striding: each
-writes a file of its own, none waits for another, and whoever finishes last finds all cycles there
-and writes the summary.
+writes files of its own, none waits for another once they know where, and whoever finishes last
+finds all there and writes the summary. Judges look at pictures that are on disk, when the model
+that painted them has left the memory; one judge is there at a time.
 """
 
 from __future__ import annotations
@@ -12,97 +13,125 @@ import json
 import os
 import shlex
 import subprocess
-import time
-from collections.abc import Callable, Container, Iterator
+import sys
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 from tqdm import tqdm
 
 import cycles
+import judging
 import outputs
-from cycles import Row
+import prompts
+from cycles import PICTURES, Key, Records, Row
 from errors import InputError, TemperingError
-from loaders import pick_device
-from metrics import PictureMetrics, picture_metrics, scatter, summarise, summary_table
+from judging import NoteKey, Single
+from loaders import load_judge, pick_device
+from painting import Batch, free_memory, paint, plain
 from session import Session, open_session, say
-from settings import FREE_ON_RESUME, Request
-from sheets import Panel, sheet
-from tempering import View
+from settings import FREE_ON_RESUME, JUDGES, Request
+from summary import metrics, summarise
 
-ON_SHEET = 8  # cycles; more would be a poster
+Decided = TypeVar("Decided")
+# What run.json tells of a run that can not be known without its models.
+OF_MODELS = {"model", "dtype", "device", "scheduler", "versions", "started"}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What the first process finds, for all of them: the folder, and what is done there."""
+
+    folder: Path
+    painted: tuple[Key, ...] = ()  # cycles that have a row, in the order of the set
+    origins: tuple[tuple[str, str, str | None], ...] = ()  # of these rows: model, dtype, flags
+    noted: tuple[frozenset[NoteKey], ...] = (frozenset(),) * len(JUDGES)  # by each of JUDGES
+
+
+class Models:
+    """The models of this process, loaded when they are needed for the first time."""
+
+    def __init__(self, request: Request, device: str | None) -> None:
+        self.request = request
+        self.device = device
+        self.session: Session | None = None
+
+    def open(self) -> Session:
+        if self.session is None:
+            self.session = open_session(self.request, self.device)
+        return self.session
+
+    def close(self) -> None:
+        """Leave the memory to others."""
+        self.session = None
+        free_memory(pick_device(self.device or self.request.models.device))
 
 
 def run(request: Request) -> None:
-    """Run the cycles that are not yet on disk, then the summary; both go to stdout too."""
+    """Paint and judge what is not yet on disk, then the summary; it goes to stdout too."""
     state = shared_state(request)
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    session = open_session(request, device=str(state.device) if state else None)
-    folder = first_decides(state, lambda: run_folder(request))
-    seeds = range(request.seed, request.seed + request.cycles)
-    with cycles.claimed(folder, rank):
-        done = finished_cycles(folder, session)
-        with last_words(folder, seeds):
-            facts = {**session.facts(), **earlier_notice(folder)}
+    share = slice(rank, None, processes)
+    models = Models(request, str(state.device) if state else None)
+    if not request.resume or request.blind:
+        models.open()  # what can not be loaded leaves no folder behind
+    begun = first_decides(state, lambda: begin(request))
+    records = Records(begun.folder, request.all_prompts, seeds_of(request))
+    with cycles.claimed(records.folder, rank):
+        lost = [key for key in begun.painted[share] if not records.is_painted(key)]
+        done = set(begun.painted)
+        mine = sorted([*[key for key in records.keys if key not in done][share], *lost])
+        facts = facts_of(models, records, begun, needed=bool(mine))
+        with last_words(records):
             if rank == 0:
-                outputs.save_json(folder / "run.json", facts)
-            missing = [seed for seed in seeds[rank::processes] if seed not in done]
-            for row in paint(session, folder, missing):
-                outputs.append_json_line(cycles.rows_file(folder, rank), row)
-                tqdm.write(cycle_line(row))
-            conclude(session, folder, seeds, facts)
+                outputs.save_json(records.folder / "run.json", facts)
+                if request.prompt_set:
+                    text = prompts.write(request.prompt_set, request.settings.joiner)
+                    outputs.save_text(records.folder / prompts.KEPT, text)
+            names = judging.chosen(request.judges, facts["model"], records.prompts)
+            paint_all(models, records, rank, mine)
+            alone = judging.singles(records, names)
+            paint_singles(models, alone[share])
+            models.close()
+            seen = list(dict.fromkeys([*begun.painted[share], *mine]))
+            judge_all(models, records, rank, names, begun, seen, alone[share])
+            conclude(records, names, alone, request.title, facts)
 
 
-def conclude(session: Session, folder: Path, seeds: range, facts: Row) -> None:
-    """The summary, where no other process still has cycles to paint."""
-    done = finished_cycles(folder, session)
-    if all(seed in done for seed in seeds):
-        summarise_run(session, folder, [done[seed] for seed in seeds], facts)
-    else:
-        say(
-            f"{count(done, seeds)} are finished, other processes paint the rest; if one of them is "
-            f"gone, go on with: {command('--resume', folder)}"
-        )
+def seeds_of(request: Request) -> range:
+    return range(request.seed, request.seed + request.cycles)
 
 
-@contextmanager
-def last_words(folder: Path, seeds: range) -> Iterator[None]:
-    """Whatever ends the run early: its last words say what is kept, and how to go on."""
-    try:
-        yield
-    except BaseException:
-        kept = count(cycles.finished(folder), seeds)
-        say(f"kept {kept}; go on with: {command('--resume', folder)}")
-        raise
-
-
-def count(done: Container[int], seeds: range) -> str:
-    return f"{sum(seed in done for seed in seeds)} of {len(seeds)} cycles"
-
-
-def command(flag: str, folder: Path) -> str:
-    """A command line that can be pasted into the shell of this system."""
-    words = ["python", "init.py", flag, str(folder)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+# --- Together with other processes.
 
 
 def shared_state(request: Request) -> PartialState | None:
-    """accelerate's state where a launcher started several processes."""
-    if "WORLD_SIZE" not in os.environ:
-        return None
-    # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
-    return PartialState(cpu=pick_device(request.models.device).type == "cpu")
+    """accelerate's state where a launcher started several processes.
+
+    Raises InputError where it was told to, and has started one: without a GPU it knows no better.
+    """
+    if "WORLD_SIZE" in os.environ:
+        # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
+        return PartialState(cpu=pick_device(request.models.device).type == "cpu")
+    # What `accelerate launch --num_processes 2` leaves in the environment of its only process.
+    if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
+        again = shlex.join(["main.py", *sys.argv[1:]])
+        raise InputError(
+            "accelerate launch must have a GPU for each of --num_processes, here it has started "
+            f"one process alone; what starts N on CPUs: torchrun --nproc_per_node N {again}"
+        )
+    return None
 
 
-def first_decides(state: PartialState | None, decide: Callable[[], Path]) -> Path:
+def first_decides(state: PartialState | None, decide: Callable[[], Decided]) -> Decided:
     """What the first process decides, for all processes; what it can not do, none can."""
     if state is None:
         return decide()
-    told: list[Path | TemperingError | None] = [None]
+    told: list[Decided | TemperingError | None] = [None]
     if state.is_main_process:
         try:
             told = [decide()]
@@ -121,118 +150,182 @@ def first_decides(state: PartialState | None, decide: Callable[[], Path]) -> Pat
     return told[0]
 
 
-def run_folder(request: Request) -> Path:
-    """The folder to resume, without what killed runs have left in it, or a new one."""
+def begin(request: Request) -> Begun:
+    """A new folder; or the one to resume, without what killed runs have left, and what is there."""
     if not request.resume:
-        return outputs.new_run_folder(request.output, request.prompt, request.begun)
+        return Begun(outputs.new_run_folder(request.output, request.title, request.begun))
     cycles.prepare(request.resume)
-    return request.resume
+    records = Records(request.resume, request.all_prompts, seeds_of(request))
+    found = {key: origin_of(row) for key, row in records.rows()}
+    return Begun(
+        records.folder,
+        painted=tuple(key for key in records.keys if key in found),
+        origins=tuple(dict.fromkeys(found.values())),
+        noted=tuple(frozenset(judging.noted(records, judge)) for judge in JUDGES),
+    )
 
 
-def earlier_notice(folder: Path) -> Row:
-    """What stood in for what when the run in `folder` began, where its run.json tells."""
+def origin_of(row: Row) -> tuple[str, str, str | None]:
+    return str(row["model"]), str(row["dtype"]), row.get("flags")
+
+
+# --- What all cycles have in common.
+
+
+def facts_of(models: Models, records: Records, begun: Begun, *, needed: bool) -> Row:
+    """What run.json says of the run; its models are opened where pictures `needed` are missing."""
     try:
-        return {"notice": outputs.read_json(folder / "run.json").get("notice")}
+        earlier = outputs.read_json(records.folder / "run.json")
     except InputError:  # new, or damaged
-        return {}
+        earlier = {}
+    known = earlier.keys() >= OF_MODELS and isinstance(earlier.get("arguments"), dict)
+    if known and not needed and models.session is None:
+        free = {name: models.request.arguments[name] for name in FREE_ON_RESUME}
+        return {**earlier, "arguments": {**earlier["arguments"], **free}}
+    session = models.open()
+    check_origins(session, begun, models.request)
+    notice = {"notice": earlier["notice"]} if "notice" in earlier else {}
+    return {**session.facts(), **notice}
 
 
-def finished_cycles(folder: Path, session: Session) -> dict[int, Row]:
-    """The finished cycles by seed. Raises InputError for those of another experiment than this."""
-    done, mine = cycles.finished(folder), made_by(session)
-    for row in done.values():
-        theirs = {name: row.get(name, value) for name, value in mine.items()}
-        if (theirs["model"], theirs["dtype"]) != (mine["model"], mine["dtype"]):
+def check_origins(session: Session, begun: Begun, request: Request) -> None:
+    """Raise InputError for cycles of another experiment than this."""
+    mine = made_by(session)
+    for model, dtype, flags in begun.origins:
+        check_one_model(begun.folder, (model, dtype), (mine["model"], mine["dtype"]))
+        if request.blind and flags not in (None, mine["flags"]):
             raise InputError(
-                f"all cycles of {folder} must come from one model in one dtype; there is "
-                f"{theirs['model']} in {theirs['dtype']}, this process has {mine['model']} in "
-                f"{mine['dtype']}"
+                f"the run.json of {begun.folder} is damaged, so --resume needs all flags of its "
+                "first call again; its cycles were made by others than these"
             )
-        if session.request.blind and theirs["flags"] != mine["flags"]:
-            raise InputError(
-                f"the run.json of {folder} is damaged, so --resume needs all flags of its first "
-                "call again; its cycles were made by others than these"
-            )
-    return done
+
+
+def check_one_model(folder: Path, theirs: tuple[str, str], mine: tuple[str, str]) -> None:
+    """Raise InputError where cycles come from several models or precisions."""
+    if theirs != mine:
+        raise InputError(
+            f"all cycles of {folder} must come from one model in one dtype; there is "
+            f"{' in '.join(theirs)}, this process has {' in '.join(mine)}"
+        )
 
 
 def made_by(session: Session) -> Row:
     """What all cycles of one experiment have in common, for their rows."""
     arguments = session.facts()["arguments"]
     flags = {name: value for name, value in arguments.items() if name not in FREE_ON_RESUME}
+    if session.request.prompt_set:  # its text, which may change while its name does not
+        flags["prompts_file"] = prompts.write(session.request.prompt_set, "")
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
     return {"model": session.model, "dtype": session.dtype, "flags": digest[:12]}
 
 
-def paint(session: Session, folder: Path, seeds: list[int]) -> Iterator[Row]:
-    """Paint each seed plain and tempered from one shared prefix; yields a row a cycle."""
-    calls, origin = session.painter.unet_calls(compare=True), made_by(session)
-    with tqdm(total=calls * len(seeds), desc="U-Net", unit="call", disable=None) as bar:
-        for seed in seeds:
-            begun = time.perf_counter()
-            result = session.painter.temper([seed], compare=True, progress=bar.update)[0]
-            assert result.plain is not None
-            bar.total -= calls - result.unet_calls  # rounds that were not needed
-            pictures = {"plain": result.plain, "tempered": result.image}
-            views = {name: session.painter.look([image])[0] for name, image in pictures.items()}
-            for name, view in views.items():
-                text = session.parameters(view.image, seed, name)
-                outputs.save_image(cycles.picture_file(folder, seed, name), view.image, text)
-            yield {
-                "cycle": seed - session.request.seed + 1,
-                "seed": seed,
-                **origin,
-                "unet_calls": result.unet_calls,
-                "rounds": len(result.rounds),
-                "seconds": round(time.perf_counter() - begun, 3),
-                **{name: figures(view) for name, view in views.items()},
-            }
+# --- Painting and judging.
 
 
-def figures(view: View) -> Row:
-    matrix = view.matrix.numpy()
-    return {**asdict(picture_metrics(matrix)), "class_matrix": matrix.tolist()}
+def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key]) -> None:
+    """Paint this process's cycles; a row each, as it finishes."""
+    if not mine:
+        return
+    session = models.open()
+    origin = made_by(session)
+    batch = Batch(models.request.batch, session.painter.sampler.family.device)
+    for row in paint(session, records, mine, batch):
+        outputs.append_json_line(records.rows_file(rank), {**row, **origin})
+        tqdm.write(cycle_line(row))
 
 
-def summarise_run(session: Session, folder: Path, finished: list[Row], facts: Row) -> None:
-    """Write and print the summary of all cycles."""
-    plain, tempered = ([metrics(row[name]) for row in finished] for name in cycles.PICTURES)
-    summary = summarise(plain, tempered)
-    print(summary_table(summary), flush=True)  # before any file: what a full disk refuses is here
-    outputs.save_json(
-        folder / "summary.json",
-        {
-            "cycles": len(finished),
-            "unet_calls": sum(row["unet_calls"] for row in finished),
-            "metrics": summary,
-            **facts,
-        },
-    )
-    outputs.save_csv(
-        folder / "summary.csv", [{"metric": name, **asdict(row)} for name, row in summary.items()]
-    )
-    title = f"{session.request.prompt} ({session.model})"
-    outputs.save_figure(folder / "scatter.png", scatter(plain, tempered, title))
-    outputs.save_image(folder / "sheet.png", draw_sheet(folder, finished[:ON_SHEET], title))
-    print(folder)
+def paint_singles(models: Models, alone: Sequence[Single]) -> None:
+    """Paint the pictures of single subjects that are not there yet.
+
+    Where the model can not be had any more, an old evaluation is judged without them.
+    """
+    missing = [single for single in alone if not cycles.is_sound(single.file)]
+    if not missing:
+        return
+    try:
+        session = models.open()
+    except TemperingError as error:
+        say(f"owlv2 is not calibrated on pictures of single subjects: {error}")
+        return
+    for single in tqdm(missing, "single subjects", unit="picture", disable=None):
+        outputs.make_folder(single.file.parent)
+        outputs.save_image(single.file, plain(session, single.prompt.text, single.seed))
 
 
-def draw_sheet(folder: Path, shown: list[Row], title: str) -> Image.Image:
-    """The plain and the tempered picture of each cycle side by side with their figures."""
-    panels = []
-    for row in shown:
-        for name in cycles.PICTURES:
-            with Image.open(cycles.picture_file(folder, row["seed"], name)) as picture:
-                panel = Panel(f"{row['seed']} {name}", picture.copy(), (str(metrics(row[name])),))
-            panels.append(panel)
-    return sheet(panels, title)
+def judge_all(
+    models: Models,
+    records: Records,
+    rank: int,
+    names: Sequence[str],
+    begun: Begun,
+    seen: Sequence[Key],
+    alone: Sequence[Single],
+) -> None:
+    """Let every judge in turn see what it has not seen of this process's pictures."""
+    for name in names:
+        noted = begun.noted[JUDGES.index(name)]
+        work = [key for key in seen if key not in noted]
+        singles = [
+            single
+            for single in (alone if name == "owlv2" else [])
+            if single.key not in noted and single.file.is_file()
+        ]
+        if work or singles:
+            judge = load_judge(
+                name,
+                records.prompts,
+                device=models.device or models.request.models.device,
+                offline=models.request.models.offline,
+            )
+            judging.judge_all(judge, records, rank, work, singles)
+            del judge
+            models.close()
 
 
-def metrics(figures: Row) -> PictureMetrics:
-    return PictureMetrics(figures["ppv"], figures["npv"], figures["js"])
+# --- The end.
+
+
+def conclude(
+    records: Records, names: Sequence[str], alone: Sequence[Single], title: str, facts: Row
+) -> None:
+    """The summary, where no other process still has cycles to paint or to judge."""
+    rows = dict(records.rows())
+    for row in rows.values():
+        check_one_model(records.folder, origin_of(row)[:2], (facts["model"], facts["dtype"]))
+    painted = [key for key in records.keys if key in rows and records.has_files(key)]
+    judged = judging.verdicts(records)
+    if len(painted) == len(records.keys) and set(names) <= judged.said.keys():
+        summarise(records, rows, judged, title, facts)
+    else:
+        say(
+            f"{count(painted, records)} are finished, other processes paint or judge the rest; if "
+            f"one of them is gone, go on with: {command('--resume', records.folder)}"
+        )
+
+
+@contextmanager
+def last_words(records: Records) -> Iterator[None]:
+    """Whatever ends the run early: its last words say what is kept, and how to go on."""
+    try:
+        yield
+    except BaseException:
+        kept = count({key for key, _ in records.rows()}, records)
+        say(f"kept {kept}; go on with: {command('--resume', records.folder)}")
+        raise
+
+
+def count(done: Container[Key], records: Records) -> str:
+    return f"{sum(key in done for key in records.keys)} of {len(records.keys)} cycles"
+
+
+def command(flag: str, folder: Path) -> str:
+    """A command line that can be pasted into the shell of this system."""
+    words = ["python", "init.py", flag, str(folder)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def cycle_line(row: Row) -> str:
     """One cycle for the terminal."""
-    parts = [f"{name} {metrics(row[name])}" for name in cycles.PICTURES]
-    return f"cycle {row['cycle']}  seed {row['seed']}  {'  |  '.join(parts)}"
+    parts = [f"{name} {metrics(row[name])}" for name in PICTURES]
+    prompt = f"{row['text']}  " if "text" in row else ""
+    return f"{prompt}cycle {row['cycle']}  seed {row['seed']}  {'  |  '.join(parts)}"

@@ -145,6 +145,7 @@ _BUNDLED = Path(__file__).parent / "pocket" / "weights"
 _DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
 _TRANSFORMERS = ("config.json", "model.safetensors")
 _TOKENIZER = ("tokenizer_config.json", "vocab.json|tokenizer.json", "merges.txt|tokenizer.json")
+_PROCESSOR = "preprocessor_config.json|processor_config.json"
 _T5_TOKENIZER = ("tokenizer_config.json", "tokenizer.json|spiece.model")
 _INDEX = {"": ("model_index.json",)}
 _UNET = {"unet": _DIFFUSERS}
@@ -234,17 +235,34 @@ SEGMENTER = Kind(
     layouts=(
         Layout(
             classes=("clipseg",),
-            parts={
-                "": (
-                    *_TRANSFORMERS,
-                    *_TOKENIZER,
-                    "preprocessor_config.json|processor_config.json",
-                )
-            },
+            parts={"": (*_TRANSFORMERS, *_TOKENIZER, _PROCESSOR)},
         ),
     ),
     instead="what works without it: a CLIPSeg folder, or --clipseg pocket with --model pocket",
 )
+
+# What judges look through: always by these names, from the Hub or its cache.
+OWLV2 = "google/owlv2-base-patch16-ensemble"
+CLIP = "openai/clip-vit-large-patch14"
+BLIP_VQA = "Salesforce/blip-vqa-base"
+_WORD_PIECES = ("tokenizer_config.json", "vocab.txt|tokenizer.json")
+EYES = {
+    repo: replace(
+        SEGMENTER,
+        flag="--judge",
+        title=title,
+        layouts=(
+            Layout(classes=(model_type,), parts={"": (*_TRANSFORMERS, *tokenizer, _PROCESSOR)}),
+        ),
+        instead="what works without it: --judge none, and to judge the same pictures later with "
+        "--resume",
+    )
+    for repo, title, model_type, tokenizer in (
+        (OWLV2, "OWLv2", "owlv2", _TOKENIZER),
+        (CLIP, "CLIP", "clip", _TOKENIZER),
+        (BLIP_VQA, "BLIP", "blip", _WORD_PIECES),
+    )
+}
 
 
 def shapes_of(file: Path) -> Shapes | None:

@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 import hub
 import loras
 from errors import InputError, ModelError, TemperingError, memory_errors, one_line
-from kinds import MODEL, SEGMENTER, VAE, Layout, layout_of, shapes_of
+from kinds import (
+    BLIP_VQA,
+    CLIP,
+    EYES,
+    MODEL,
+    OWLV2,
+    SEGMENTER,
+    VAE,
+    Layout,
+    layout_of,
+    shapes_of,
+)
 from loras import Lora, parts_of
 from settings import PREDICTION_TYPES
 
@@ -26,6 +37,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from judges import Eye, Judge
+    from prompts import Prompt
     from segmentation import ClipSeg
 
 # Name -> diffusers' class, and what Stable Diffusion v1's own scheduler sets, for models whose
@@ -52,6 +65,7 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "unipc": ("UniPCMultistepScheduler", _ON_FLOWS, "flow_shift"),
 }
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+DTYPE_NAMES = {long: short for short, long in DTYPES.items()}
 # Arguments of diffusers' pipelines, as far as they know them, for a picture that is left as it is.
 UNWANTED = {
     "safety_checker": None,
@@ -245,6 +259,48 @@ def load_clipseg(
         return ClipSeg(clipseg.to(target).eval(), processor)
 
 
+def load_judge(
+    name: str,
+    prompts: Sequence[Prompt],
+    *,
+    device: str | torch.device | None = None,
+    offline: bool = False,
+) -> Judge:
+    """The judge of that name, ready on its device, for pictures of `prompts`; in float32.
+
+    Raises InputError before anything is loaded, ModelError and ResourceError after.
+    """
+    import judges
+
+    if name == "pocket":
+        from pocket.judge import load_judge as load_pockets
+
+        return judges.PocketJudge(load_pockets())
+    target = pick_device(device)
+    if name == "blip-vqa":
+        return judges.BlipVqaJudge(_eye(BLIP_VQA, "BlipForQuestionAnswering", target, offline))
+    nouns = [judges.subject_of(subject).noun for each in prompts for subject in each.subjects]
+    owlv2 = _eye(OWLV2, "Owlv2ForObjectDetection", target, offline)
+    return judges.Owlv2Judge(owlv2, _eye(CLIP, "CLIPModel", target, offline), nouns)
+
+
+def _eye(repo: str, class_name: str, device: torch.device, offline: bool) -> Eye:
+    """A model that a judge looks through, with its checkpoint's own processor."""
+    import torch
+
+    source = hub.fetch(repo, EYES[repo], offline)
+    with _loading(source):
+        from judges import Eye
+
+        transformers = import_module("transformers")
+        model = getattr(transformers, class_name)
+        network = _network(model, class_name, source, source, torch.float32)
+        processor = transformers.AutoProcessor.from_pretrained(source, local_files_only=True)
+        _check_words(processor.tokenizer, network.config.text_config)
+    with memory_errors():
+        return Eye(network.to(device).eval(), processor)
+
+
 def default_scheduler(pipe: DiffusionPipeline) -> str:
     """LCM's for a model whose own that is, for it can not do with others; Euler's for the rest."""
     return "lcm" if type(pipe.scheduler).__name__ == SCHEDULERS["lcm"][0] else "euler"
@@ -336,9 +392,8 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     """
     import torch
 
-    shorter = {long: short for short, long in DTYPES.items()}
     text = str(name).removeprefix("torch.")
-    text = shorter.get(text, text)
+    text = DTYPE_NAMES.get(text, text)
     if name is None:
         # Older torch has no get_capabilities, and knows of x86 alone whether it has bf16.
         found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -440,14 +495,21 @@ def _check_parts(pipe: DiffusionPipeline) -> None:
     for number in ("", "_2", "_3"):
         tokenizer = getattr(pipe, f"tokenizer{number}", None)
         if tokenizer is not None:
-            _check_words(tokenizer, getattr(pipe, f"text_encoder{number}").config)
+            text = getattr(pipe, f"text_encoder{number}").config
+            _check_words(tokenizer, text)
+            _check_length(tokenizer, text)
 
 
 def _check_words(tokenizer: Any, text: Any) -> None:
-    """Raise ValueError for a tokenizer that a text encoder of this configuration can not follow."""
-    words, length = len(tokenizer), tokenizer.model_max_length
+    """Raise ValueError for words that a text encoder of this configuration does not know."""
+    words = len(tokenizer)
     if words > text.vocab_size:
         raise ValueError(f"the tokenizer has {words} words, the text encoder {text.vocab_size}")
+
+
+def _check_length(tokenizer: Any, text: Any) -> None:
+    """Raise ValueError for more tokens than the text encoder takes, where the tokenizer decides."""
+    length = tokenizer.model_max_length
     takes = getattr(text, "max_position_embeddings", length)  # T5 takes any number
     if not 2 < length <= takes:
         raise ValueError(f"the tokenizer gives {length} tokens, the text encoder takes {takes}")

@@ -26,13 +26,16 @@ import hub
 import kinds
 import loaders
 import loras
+import prompts
 from errors import InputError, TemperingError, memory_errors
 from outputs import check_writable, read_json
 from settings import (
     DEFAULT_STEPS,
     DEFAULT_WAY,
     FREE_ON_RESUME,
+    JUDGES,
     MAX_SEED,
+    NOBODY,
     PREDICTION_TYPES,
     PREVIEWS,
     UNCERTAINTIES,
@@ -79,10 +82,13 @@ DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
     **asdict(Models()),
     **dict.fromkeys(DEFAULT_WAY),
-    "prompts": list(PROMPTS),
+    "prompts": None,
+    "prompts_file": None,
     "lora": [],
     "seed": 2024,
     "cycles": 4,
+    "batch": None,
+    "judge": None,
     "output": Path("outputs"),
 }
 # Group -> flag -> how it is read, what it means.
@@ -93,7 +99,10 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "update": (SWITCH, "renew the installed libraries"),
     },
     "what to paint": {
-        "prompts": ({**TEXT, "nargs": "+"}, "one prompt a subject"),
+        "prompts": (
+            {**TEXT, "nargs": "+"},
+            f"one prompt a subject (default: {' '.join(map(repr, PROMPTS))})",
+        ),
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
@@ -190,12 +199,29 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
     "results": {
         "output": (FOLDER, "a folder a run is made in it"),
         "compare": (EITHER, "make the plain picture of the same seed too"),
-        "cycles": (N, "seeds to evaluate: seed, seed + 1, ..."),
         "repeat": (
             {**FOLDER, "metavar": "RUN.JSON"},
             "take every flag that is not given from an earlier run",
         ),
-        "resume": (FOLDER, "go on with an interrupted evaluation"),
+    },
+    "evaluations": {
+        "prompts_file": (
+            {"type": prompts.lasting, "metavar": "FILE_OR_NAME"},
+            "many prompts: a file with a prompt a line, its subjects separated by |, [name] heads "
+            f"of subsets and # comments; or {', '.join(prompts.names())}",
+        ),
+        "cycles": (N, "seeds of each prompt: seed, seed + 1, ..."),
+        "batch": (
+            N,
+            "pictures that share every U-Net call (default: 1 on the cpu, on a GPU what "
+            "its free memory has room for)",
+        ),
+        "judge": (
+            {**NAME, "nargs": "+"},
+            f"{', '.join(JUDGES)} or {NOBODY}: who says of the finished pictures whether they are "
+            f"all OK (default: pocket with the pocket, else {NOBODY})",
+        ),
+        "resume": (FOLDER, "go on with an interrupted evaluation, or judge a finished one"),
     },
 }
 
@@ -216,10 +242,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         run(words)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        # Libraries that are interrupted while they are imported raise whatever comes of it.
+        if heeded or isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            return 130
         if "--debug" in words:
             traceback.print_exc()
         known = isinstance(error, TemperingError)
@@ -265,9 +292,15 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         stored = follow_steps(stored_arguments(given["repeat"]), given)
     if "resume" in given:
         stored = resumed_arguments(given["resume"], given)
+        given = {**given, "judge": more_judges(stored.get("judge"), given.get("judge"))}
+    blind = "resume" in given and not stored
     if not given.keys().isdisjoint(FLOWS):
         stored = {name: value for name, value in stored.items() if name not in FLOWS}
-    blind = "resume" in given and not stored
+    if {"prompts", "prompts_file"} <= given.keys():
+        raise InputError("--prompts and --prompts_file exclude each other, got both")
+    for one, other in (("prompts", "prompts_file"), ("prompts_file", "prompts")):
+        if one in given:
+            stored = {**stored, other: None}
     return argparse.Namespace(**{**whole, **stored, **given}, blind=blind)
 
 
@@ -354,6 +387,13 @@ def resumed_arguments(folder: Path, given: Arguments) -> Arguments:
     return stored
 
 
+def more_judges(stored: list[str] | None, given: list[str] | None) -> list[str] | None:
+    """The judges of a resumed evaluation: its own, and those that this call adds."""
+    if not given or NOBODY in given:
+        return given or stored
+    return list(dict.fromkeys([*(name for name in stored or [] if name != NOBODY), *given]))
+
+
 def chosen_flow(args: argparse.Namespace) -> str:
     """The one flow that is asked for."""
     flows = [flow for flow in FLOWS if getattr(args, flow)]
@@ -367,9 +407,13 @@ def chosen_flow(args: argparse.Namespace) -> str:
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
     settings = Tempering(**{field.name: getattr(args, field.name) for field in fields(Tempering)})
+    if args.prompts_file and not args.evaluate:
+        raise InputError("--prompts_file is for --evaluate, got it without")
+    asked = asked_set(args)
+    args.prompts = None if asked else args.prompts or list(PROMPTS)
     values = {**vars(args), **asdict(settings), "lora": tuple(args.lora)}
     request = Request(
-        prompts=tuple(args.prompts),
+        prompts=tuple(args.prompts or asked[0].subjects),
         settings=settings,
         models=Models(**{field.name: values[field.name] for field in fields(Models)}),
         seed=args.seed,
@@ -383,12 +427,26 @@ def to_request(args: argparse.Namespace) -> Request:
         compare=args.compare,
         evaluate=args.evaluate,
         cycles=args.cycles,
+        prompt_set=asked,
+        set_name=Path(args.prompts_file).stem if asked else None,
+        batch=args.batch,
+        judges=None if args.judge is None else tuple(args.judge),
         resume=args.resume,
         blind=args.blind,
     )
     check_models(request.models)
     check_writable(args.resume or args.output)
     return request
+
+
+def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
+    """The prompt set of an evaluation; of a resumed one as it was, whatever became of its file."""
+    if not args.prompts_file:
+        return ()
+    kept = args.resume and args.resume / prompts.KEPT
+    return tuple(
+        prompts.load(str(kept) if kept and kept.exists() else args.prompts_file, args.joiner)
+    )
 
 
 def check_models(models: Models) -> None:
@@ -435,17 +493,22 @@ def shown(default: object, text: str) -> str:
     return f" (default: %(default){'g' if isinstance(default, (int, float)) else 's'})"
 
 
+heeded: list[int] = []  # the signals that have ended this process
+
+
 def heed_signals() -> None:
     """Let what ends a job (docker stop, slurm, torchrun, a closed terminal) do as Ctrl-C does."""
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
             signal.signal(number, interrupt)
 
 
 def interrupt(number: int, frame: object) -> None:
-    """Raise KeyboardInterrupt, once: launchers send a signal to the group and to each process."""
-    signal.signal(number, signal.SIG_IGN)
+    """Raise KeyboardInterrupt; others than Ctrl-C once, for launchers send them several times."""
+    heeded.append(number)
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -13,6 +13,7 @@
 | `js_distance(matrix)`      | d_i         | sqrt(JSD(e_i, M[i] / sum_j M[i, j])), base 2         |
 | `cycles`                   | N           | pairs of a plain and a tempered picture of one seed  |
 | `differences`              | D (N,)      | tempered - plain, one for each cycle                 |
+| `groups`                   | P           | prompts: cycles of one prompt belong together        |
 
 Everything is float64 and pure: no model, no torch, no file.
 """
@@ -20,7 +21,7 @@ Everything is float64 and pure: no model, no torch, no file.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
+Groups = Sequence[object] | NDArray[Any]  # a name a cycle, of the prompt that it is of
 
 RESAMPLES = 10_000  # another seed moves an interval's ends by about 1 % of its length (at N = 20)
 CONFIDENCE = 0.95
@@ -170,10 +172,10 @@ def _numbers(values: ArrayLike, what: str) -> Array:
 
 @dataclass(frozen=True)
 class Paired:
-    """One metric over cycles, each a plain and a tempered picture of the same seed.
+    """One measure over cycles, each a plain and a tempered picture of the same prompt and seed.
 
     `difference_mean`, `low` and `high` are tempered - plain, so their sign does not say better or
-    worse; `improved` does. All but `cycles` are plain floats; None is undefined, never NaN.
+    worse; `improved` does. None is undefined, never NaN.
     """
 
     plain_mean: float
@@ -183,9 +185,96 @@ class Paired:
     difference_mean: float
     low: float | None  # bootstrap 95 % interval of difference_mean; None for a single cycle
     high: float | None
-    p: float | None  # Wilcoxon signed-rank, two-sided, 0..1; None where no cycle differs
+    # Wilcoxon's of a figure, McNemar's of a share; two-sided, 0..1; None where no cycle differs.
+    p: float | None
     improved: float  # share of cycles strictly better, 0..1; an equal cycle did not improve
     cycles: int
+    better: int  # cycles strictly better: of a share, the pictures that were rescued
+    worse: int  # and strictly worse: those that were spoiled
+    # Of a share: the part of plain's failures that tempering has less, with its 95 % interval.
+    failures_cut: float | None = None  # None where plain fails nowhere
+    cut_low: float | None = None
+    cut_high: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
+class Column(NamedTuple):
+    """One measure of both pictures of N cycles: a figure, or as a share 1 and 0 for yes and no."""
+
+    plain: ArrayLike
+    tempered: ArrayLike
+    higher_is_better: bool = True
+    share: bool = False
+
+
+def compared(
+    columns: Mapping[str, Column],
+    *,
+    groups: Groups | None = None,
+    seed: int = 0,
+) -> dict[str, Paired]:
+    """Statistics of each measure: means, medians, bootstrap interval, p, improved share.
+
+    The interval is the percentile bootstrap of the mean difference (Efron and Tibshirani 1993,
+    chapter 13) of 10,000 resamples, the same for the same seed. With a handful of cycles it is
+    rather too narrow. `groups` (N,) says which cycles belong together, as the seeds of one prompt
+    do: then whole groups are drawn (Davison and Hinkley 1997, section 3.8). Where all cycles are
+    of one group, or without `groups`, cycles are.
+
+    p of a figure is Wilcoxon's (1945): cycles without a difference are dropped, and with N others
+    it can not be below 2 / 2**N, so fewer than 6 cycles never reach 0.05. p of a share is
+    McNemar's (1947), exact: of the cycles that differ, how likely so many go the same way by
+    chance. Both take cycles for independent.
+
+    Raises InputError for values that are empty, not of equal length or not finite, and for a seed
+    that is not an integer of 0 or more.
+    """
+    pairs = {name: _pairs(column.plain, column.tempered) for name, column in columns.items()}
+    values = np.stack([side for pair in pairs.values() for side in pair], axis=1)  # (N, 2 K)
+    means = resampled_means(values, groups, seed)
+    return {
+        name: _paired(columns[name], *pair, None if means is None else means[:, 2 * k : 2 * k + 2])
+        for k, (name, pair) in enumerate(pairs.items())
+    }
+
+
+def _paired(column: Column, before: Array, after: Array, means: Array | None) -> Paired:
+    differences = np.round(after - before, DECIMALS)  # (N,); so that equal ones tie in the ranks
+    gains = differences if column.higher_is_better else -differences
+    better, worse = int((gains > 0).sum()), int((gains < 0).sum())
+    low, high = _interval(None if means is None else means[:, 1] - means[:, 0])
+    can_fail = column.share and column.higher_is_better
+    return Paired(
+        plain_mean=float(before.mean()),
+        tempered_mean=float(after.mean()),
+        plain_median=float(np.median(before)),
+        tempered_median=float(np.median(after)),
+        difference_mean=float(differences.mean()),
+        low=low,
+        high=high,
+        p=mcnemar_p(better, worse) if column.share else _wilcoxon_p(differences),
+        improved=float((gains > 0).mean()),
+        cycles=len(differences),
+        better=better,
+        worse=worse,
+        **(_failures(before, after, means) if can_fail else {}),
+    )
+
+
+def _failures(before: Array, after: Array, means: Array | None) -> dict[str, float | None]:
+    """The part of plain's failures that tempering has less, 1 - (1 - tempered) / (1 - plain)."""
+    failing = 1 - before.mean()
+    if failing == 0:
+        return {}
+    low, high = None, None
+    if means is not None:
+        some = means[:, 0] < 1  # a resample may have no failure of plain's
+        low, high = _interval(1 - (1 - means[some, 1]) / (1 - means[some, 0]))
+    cut = float(1 - (1 - after.mean()) / failing)
+    return {"failures_cut": cut, "cut_low": low, "cut_high": high}
 
 
 def paired(
@@ -195,48 +284,36 @@ def paired(
     higher_is_better: bool,
     seed: int = 0,
 ) -> Paired:
-    """Statistics of paired figures: means, medians, bootstrap interval, Wilcoxon p, improved share.
-
-    The interval is the percentile bootstrap of the mean difference (Efron and Tibshirani 1993,
-    chapter 13) of 10,000 resamples, the same for the same seed. With a handful of cycles it is
-    rather too narrow. p is Wilcoxon's (1945): cycles without a difference are dropped, and with
-    N others it can not be below 2 / 2**N, so fewer than 6 cycles never reach 0.05.
+    """Statistics of the paired figures of one measure; see `compared` for what and the errors.
 
     plain, tempered: (N,) each, N >= 1, cycle n of one belongs to cycle n of the other.
-    Raises InputError for values that are empty, not of equal length or not finite, and for a seed
-    that is not an integer of 0 or more.
     """
-    before, after = _pairs(plain, tempered)
-    differences = np.round(after - before, DECIMALS)  # (N,); so that equal ones tie in the ranks
-    low, high = bootstrap_interval(differences, seed)
-    gains = differences if higher_is_better else -differences
-    return Paired(
-        plain_mean=float(before.mean()),
-        tempered_mean=float(after.mean()),
-        plain_median=float(np.median(before)),
-        tempered_median=float(np.median(after)),
-        difference_mean=float(differences.mean()),
-        low=low,
-        high=high,
-        p=_wilcoxon_p(differences),
-        improved=float((gains > 0).mean()),
-        cycles=len(differences),
-    )
+    column = Column(plain, tempered, higher_is_better)
+    return compared({"": column}, seed=seed)[""]
 
 
 def summarise(
-    plain: Sequence[PictureMetrics], tempered: Sequence[PictureMetrics]
+    plain: Sequence[PictureMetrics],
+    tempered: Sequence[PictureMetrics],
+    groups: Groups | None = None,
 ) -> dict[str, Paired]:
     """The statistics of every metric over cycles, with the keys "ppv", "npv" and "js".
 
-    plain, tempered: N pictures each, N >= 1, in the same order of cycles.
-    Raises InputError as `paired` does.
+    plain, tempered: N pictures each, N >= 1, in the same order of cycles; `groups` as in
+    `compared`, which also says what is raised.
     """
+    return compared(figure_columns(plain, tempered), groups=groups)
+
+
+def figure_columns(
+    plain: Sequence[PictureMetrics], tempered: Sequence[PictureMetrics]
+) -> dict[str, Column]:
+    """The metrics of N pictures each as columns of `compared`."""
     return {
-        key: paired(
+        key: Column(
             [getattr(picture, key) for picture in plain],
             [getattr(picture, key) for picture in tempered],
-            higher_is_better=metric.higher_is_better,
+            metric.higher_is_better,
         )
         for key, metric in METRICS.items()
     }
@@ -266,22 +343,49 @@ def bootstrap_interval(values: Array, seed: int = 0) -> tuple[float | None, floa
     Efron and Tibshirani 1993, chapter 13; 10,000 resamples, the same for the same seed. Raises
     InputError for a seed that is not an integer of 0 or more.
     """
+    means = resampled_means(np.asarray(values, dtype=np.float64)[:, None], None, seed)
+    return _interval(None if means is None else means[:, 0])
+
+
+def resampled_means(values: Array, groups: Groups | None = None, seed: int = 0) -> Array | None:
+    """Column means (10,000, K) of bootstrap resamples of `values` (N, K); None where N is 1.
+
+    As many groups are drawn, with replacement, as there are, and each comes with all its rows.
+    """
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"The bootstrap's seed must be an integer of 0 or more; got {seed!r}.")
-    cycles = len(values)
-    if cycles == 1:
-        return None, None  # one value says nothing of its spread
-    interval = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=max(1, 1_000_000 // cycles),  # 8 MB at a time, for any number of cycles
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",  # BCa, scipy's default, is undefined where all differences are equal
-        random_state=np.random.default_rng(seed),  # its newer name, rng, is unknown to scipy 1.14
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    if len(values) == 1:
+        return None  # one value says nothing of its spread
+    alone = groups is None or len(set(groups)) == 1
+    members = np.arange(len(values)) if alone else np.asarray(groups)
+    _, group_of = np.unique(members, return_inverse=True)
+    count = int(group_of.max()) + 1
+    sums = np.stack([np.bincount(group_of, column) for column in values.T], axis=1)  # (P, K)
+    sizes = np.bincount(group_of).astype(np.float64)  # (P,)
+    rng = np.random.default_rng(seed)
+    batch = max(1, 1_000_000 // count)  # 8 MB at a time, for any number of groups
+    parts = []
+    for start in range(0, RESAMPLES, batch):
+        rows = min(batch, RESAMPLES - start)
+        draws = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
+        times = np.bincount(draws.ravel(), minlength=rows * count).reshape(rows, count)
+        parts.append((times @ sums) / (times @ sizes)[:, None])
+    return np.concatenate(parts)
+
+
+def _interval(resampled: Array | None) -> tuple[float | None, float | None]:
+    """The ends between which `CONFIDENCE` of the resampled values lie."""
+    if resampled is None or not len(resampled):
+        return None, None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.round(np.quantile(resampled, (tail, 1 - tail)), DECIMALS)
+    return float(low), float(high)
+
+
+def mcnemar_p(better: int, worse: int) -> float | None:
+    """McNemar's exact two-sided p from the pairs that differ; None where none does."""
+    changed = better + worse
+    return float(stats.binomtest(better, changed, 0.5).pvalue) if changed else None
 
 
 def _wilcoxon_p(differences: Array) -> float | None:
@@ -291,70 +395,6 @@ def _wilcoxon_p(differences: Array) -> float | None:
 
 
 # ---- For the reader ----
-
-UNDEFINED = "-"
-COLUMNS = (
-    ("metric", 11),
-    ("better", 6),
-    ("plain mean", 10),
-    ("tempered mean", 13),
-    ("difference", 10),
-    ("95 % interval", 18),
-    ("Wilcoxon p", 10),
-    ("improved", 8),
-)  # 86 and seven gaps of two: 100 columns
-
-
-def summary_table(summary: dict[str, Paired]) -> str:
-    """The summary as a table for a terminal: ASCII, at most 100 columns, no newline at the end.
-
-    summary: what `summarise` returns, or some of its keys. Undefined figures show as "-".
-    Raises InputError for an empty summary or an unknown key.
-    """
-    unknown = [key for key in summary if key not in METRICS]
-    if unknown or not summary:
-        raise InputError(f"A summary must have keys among {list(METRICS)}; got {list(summary)}.")
-    header = [title for title, _ in COLUMNS]
-    rule = ["-" * width for _, width in COLUMNS]
-    body = [_row(METRICS[key], figures) for key, figures in summary.items()]
-    cycles = max(figures.cycles for figures in summary.values())
-    footer = f"{cycles} {'cycle' if cycles == 1 else 'cycles'}; difference = tempered - plain"
-    return "\n".join([*map(_line, (header, rule, *body)), footer])
-
-
-def _row(metric: Metric, figures: Paired) -> list[str]:
-    return [
-        metric.name,
-        metric.better,
-        f"{figures.plain_mean:.4f}",
-        f"{figures.tempered_mean:.4f}",
-        _signed(figures.difference_mean),
-        _interval_text(figures.low, figures.high),
-        _p_text(figures.p),
-        f"{figures.improved:.0%}",
-    ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    words, figures = cells[:2], cells[2:]  # words to the left, figures to the right
-    left = [cell.ljust(width) for cell, (_, width) in zip(words, COLUMNS[:2], strict=True)]
-    right = [cell.rjust(width) for cell, (_, width) in zip(figures, COLUMNS[2:], strict=True)]
-    return "  ".join(left + right)
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 4) + 0.0:+.4f}"  # + 0.0 turns -0.0 into 0.0
-
-
-def _interval_text(low: float | None, high: float | None) -> str:
-    return UNDEFINED if low is None or high is None else f"{_signed(low)} {_signed(high)}"
-
-
-def _p_text(p: float | None) -> str:
-    if p is None:
-        return UNDEFINED
-    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
-
 
 # Blue and vermillion of Okabe and Ito's palette for colour-blind readers (jfly.uni-koeln.de/color).
 # Shape tells them apart as well: a ring and a smaller diamond, so that both show on one spot.

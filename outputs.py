@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 WINDOWS_RESERVED = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")
 
+BLOCK = 65_536  # bytes that are read at once
 LARGEST_JSON = 10_000_000  # bytes; a run.json has some thousand
 
 
@@ -91,6 +92,12 @@ def new_run_folder(parent: Path, text: str, now: datetime) -> Path:
             folder = parent / f"{name}-{number}"
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder in an existing one, where it is not there yet. Raises ResourceError."""
+    with _disk_errors(folder, "the files before it are kept"):
+        folder.mkdir(exist_ok=True)
+
+
 def parameters_text(
     *,
     prompt: str,
@@ -148,6 +155,11 @@ def save_figure(path: Path, figure: Figure) -> None:
     _write(path, encoded.getvalue())
 
 
+def save_text(path: Path, text: str) -> None:
+    """Write UTF-8 text. Raises ResourceError."""
+    _write(path, _utf8(text))
+
+
 def save_json(path: Path, value: object) -> None:
     """Write indented UTF-8 JSON with its keys in the order given; NaN and infinities become null.
 
@@ -181,8 +193,8 @@ def append_json_line(path: Path, value: object) -> None:
     """
     line = _utf8(_json(_plain(value)) + "\n")
     with _disk_errors(path, "the lines before it are kept"):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is not a file")
+        if path.is_fifo():  # it would be waited for
+            raise OSError(errno.EINVAL, "it is a pipe")
         start = _unfinished(path)
         with path.open("ab") as file:
             if start is not None:
@@ -229,28 +241,39 @@ def remove_leftovers(folder: Path) -> None:
 
 def _unfinished(path: Path) -> int | None:
     """Where half a line begins at the end of a JSON-lines file, None where there is none."""
-    data = path.read_bytes() if path.is_file() else b""
-    last = data[data.rfind(b"\n") + 1 :]
-    return len(data) - len(last) if last else None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:  # from its end: a long run appends often
+        start = size = file.seek(0, os.SEEK_END)
+        while start:
+            start = max(0, start - BLOCK)
+            file.seek(start)
+            newline = file.read(min(BLOCK, size - start)).rfind(b"\n")
+            if newline >= 0:
+                start += newline + 1
+                break
+    return start if start < size else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of at most LARGEST_JSON bytes.
 
-    Raises InputError, at once, for what is no such file: a pipe or a device is not even opened.
+    Raises InputError, at once, for what is no such file: a pipe or a device is not even opened. Its
+    text gives the reason and leaves it to the caller to name the file.
     """
     try:
         if not path.is_file():
-            raise ValueError("is not a file" if path.exists() else "does not exist")
+            raise ValueError("it is not a file" if path.exists() else "it does not exist")
         with path.open("rb") as file:
             data = file.read(LARGEST_JSON + 1)
         if len(data) > LARGEST_JSON:
-            raise ValueError(f"has more than {LARGEST_JSON:,} bytes")
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
         value = json.loads(data.decode("utf-8-sig"))  # Notepad begins files with a mark
         if not isinstance(value, dict):
-            raise ValueError("holds no JSON object")
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{_line(path)} can not be read as JSON: {_line(error)}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"it can not be read as JSON ({_line(reason)})") from error
     return value
 
 
@@ -260,13 +283,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     A last line without its end was cut off by a kill or a full disk: it is skipped, and the next
     `append_json_line` replaces it. So is a line that is no object. Raises ResourceError.
     """
+    return list(each_json_line(path))
+
+
+def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
+    """The same one by one, so that a long file does not have to be in memory."""
     with _disk_errors(path, "nothing was changed", "read"):
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    found = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            found.append(json.loads(line.decode()))
-    return [value for value in found if isinstance(value, dict)]
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                with suppress(ValueError, RecursionError):
+                    value = json.loads(line)
+                    if isinstance(value, dict):
+                        yield value
 
 
 # How values become text, and text files.

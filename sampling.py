@@ -48,21 +48,21 @@ class Sampler:
                 prompts, settings.negative_prompt, settings.guidance_scale
             )
 
-    def start(self, seeds: Sequence[int]) -> list[Branch]:
+    def start(self, seeds: Sequence[int], rows: Sequence[int] | None = None) -> list[Branch]:
         """A branch a seed, of pure noise as diffusers' pipeline draws it from a CPU generator.
 
-        Raises InputError for seeds that are not as many as the batch's pictures, and for a size
-        that the family does not paint.
+        `rows` says of which text each is (default: of all in order). Raises InputError for seeds
+        that are not as many as rows, and for a size that the family does not paint.
         """
         embeddings = self.conditionings[0]["encoder_hidden_states"]
-        batch = len(embeddings)
-        if len(seeds) != batch:
+        rows = range(len(embeddings)) if rows is None else rows
+        if len(seeds) != len(rows):
             raise InputError(
-                f"a batch must have {batch} seed{'s' * (batch > 1)}, one a list of prompts, got "
-                f"{len(seeds)}"
+                f"a batch must have {len(rows)} seed{'s' * (len(rows) > 1)}, one a list of "
+                f"prompts, got {len(seeds)}"
             )
         branches = []
-        for row, seed in enumerate(seeds):
+        for row, seed in zip(rows, seeds, strict=True):
             branch = self.branch(row, 0, Generator().manual_seed(seed))
             noise = self.noise(self.shape, branch.generator, embeddings.dtype)
             branch.latents = noise * getattr(branch.scheduler, "init_noise_sigma", 1)

@@ -67,11 +67,16 @@ class Session:
     def dtype(self) -> str:
         return str(self.painter.sampler.family.denoiser.dtype).removeprefix("torch.")
 
-    def parameters(self, image: Image, seed: int, name: str) -> str:
+    def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
+        """A painter like this run's, of other prompts."""
+        settings = replace(self.painter.settings, joiner=joiner)
+        return Painter(self.pipe, self.painter.clipseg, prompts, settings)
+
+    def parameters(self, image: Image, seed: int, name: str, prompt: str | None = None) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
 
         `name` is "plain", "tempered", or what else it shows of the way to the tempered picture
-        `image`.
+        `image`; `prompt` is its text, where it is not that of the request.
         """
         settings = self.painter.settings
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
@@ -79,7 +84,7 @@ class Session:
         tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
         hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
         return outputs.parameters_text(
-            prompt=" ".join([self.request.prompt, *tags]),
+            prompt=" ".join([self.request.prompt if prompt is None else prompt, *tags]),
             negative_prompt=settings.negative_prompt,
             steps=settings.steps,
             sampler=SAMPLER_NAMES[scheduler_of(self.pipe)],
@@ -194,11 +199,12 @@ def shown(name: str) -> str:
 
 def warn_of_cuts(pipe: DiffusionPipeline, clipseg: ClipSeg, request: Request) -> None:
     """Say what of the prompts has no effect; once where two text encoders cut the same."""
-    texts = [request.prompt, request.settings.negative_prompt]
+    texts = [*(each.text for each in request.all_prompts), request.settings.negative_prompt]
     found = [cut for reader in family_of(pipe).readers for cut in cuts(reader, texts)]
     tokenizer = clipseg.processor.tokenizer
     looking = Reader("CLIPSeg", tokenizer, tokenizer.model_max_length)
-    for cut in dict.fromkeys([*found, *cuts(looking, request.prompts)]):
+    subjects = dict.fromkeys(subject for each in request.all_prompts for subject in each.subjects)
+    for cut in dict.fromkeys([*found, *cuts(looking, list(subjects))]):
         say(f"warning: {cut}")
 
 

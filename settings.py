@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import InputError
+from prompts import Prompt
 
 VERSION = "0.1.0"
 # torch's CPU generator keeps 32 bits of a seed: larger ones would repeat smaller ones' pictures.
@@ -18,11 +19,13 @@ MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
 PREVIEWS = ("vae", "linear")
 UNCERTAINTIES = ("class", "pixel")
+JUDGES = ("pocket", "owlv2", "blip-vqa")
+NOBODY = "none"  # of the judges
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
 # What may differ when an evaluation is resumed; anything else would mix two experiments.
-FREE_ON_RESUME = ("cycles", "device", "offload", "offline")
+FREE_ON_RESUME = ("batch", "cycles", "device", "judge", "offload", "offline")
 DEFAULT_STEPS = 20
 # Where a picture of so many steps is tempered; of other numbers these are the same shares.
 DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
@@ -131,12 +134,22 @@ class Request:
     compare: bool = False
     evaluate: bool = False
     cycles: int = 1
+    prompt_set: tuple[Prompt, ...] = ()  # of an evaluation; empty: `prompts` alone
+    set_name: str | None = None
+    batch: int | None = None  # pictures that share U-Net calls; None: what the device has room for
+    judges: tuple[str, ...] | None = None  # None: the one that belongs to the model
     resume: Path | None = None
     blind: bool = False  # resumed by flags alone, since its run.json is damaged
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
         _whole("cycles", self.cycles, 1, None)
+        if self.batch is not None:
+            _whole("batch", self.batch, 1, None)
+        for judge in self.judges or ():
+            _choice("judge", judge, (*JUDGES, NOBODY))
+        if NOBODY in (self.judges or ()) and self.judges != (NOBODY,):
+            raise InputError(f"judge {NOBODY} must stand alone, got {' '.join(self.judges or ())}")
         more = self.cycles - 1 if self.evaluate else 0
         _whole("seed", self.seed, 0, MAX_SEED - more, f" (with {more} seeds after it)" * (more > 0))
 
@@ -144,6 +157,16 @@ class Request:
     def prompt(self) -> str:
         """The joined prompt."""
         return self.settings.joiner.join(self.prompts)
+
+    @property
+    def all_prompts(self) -> tuple[Prompt, ...]:
+        """What an evaluation paints: its prompt set, or the one prompt."""
+        return self.prompt_set or (Prompt(self.prompts, self.settings.joiner),)
+
+    @property
+    def title(self) -> str:
+        """What to call the run."""
+        return self.set_name or self.prompt
 
 
 def in_proportion(part: int, whole: int, steps: int) -> int:

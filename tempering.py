@@ -53,6 +53,8 @@ class Result:
     rounds: tuple[Round, ...]  # those that ran; empty for a single round
     seed: int
     unet_calls: int  # U-Net evaluations; both halves of guidance count as one
+    tempered_calls: int  # of them, what the tempered picture would have taken by itself
+    plain_calls: int | None  # and the plain one, where it was asked for
 
     @property
     def probabilities(self) -> Tensor:
@@ -101,6 +103,18 @@ class Walk:
     branches: list[Branch]  # all that were begun, the plain picture's first
     rounds: list[Round]
 
+    @property
+    def trunk(self) -> Branch:
+        """The plain picture's branch."""
+        return self.branches[0]
+
+    def evaluations_for(self, branch: Branch) -> int:
+        """Evaluations without those that took the trunk to its end, where `branch` is another."""
+        total = sum(each.evaluations for each in self.branches)
+        if branch is self.trunk:
+            return total
+        return total - self.trunk.evaluations + self.trunk.evaluations_until(self.first.step)
+
 
 class Painter:
     """A pipeline and a CLIPSeg with the text of one run encoded: paints, looks and tempers.
@@ -135,37 +149,47 @@ class Painter:
 
     @torch.no_grad()
     def temper(
-        self, seeds: Sequence[int], *, compare: bool = False, progress: Progress | None = None
+        self,
+        seeds: Sequence[int],
+        *,
+        rows: Sequence[int] | None = None,
+        compare: bool = False,
+        progress: Progress | None = None,
     ) -> list[Result]:
-        """One tempered picture for each of the B seeds; the parameters are those of `temper`.
+        """One tempered picture for each of the seeds; the parameters are those of `temper`.
 
-        Every picture has a random generator of its own, so it does not depend on the batch that
-        it was made in (beyond floating-point rounding).
+        `rows` says whose prompts each is of (default: one of all B in order). Every picture has a
+        random generator of its own, so it does not depend on the batch that it was made in (beyond
+        floating-point rounding).
         """
         report = progress or unheard
-        trunks = self.sampler.start(seeds)
+        trunks = self.sampler.start(seeds, rows)
         walks = [begun(state) for state in self.follow(trunks, report)]
         tempered = self.anneal(walks, report) if self.settings.rounds > 1 else self.once(walks)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
         self.sampler.denoise(branches, self.settings.steps, report)
 
-        images = self.sampler.decode(tempered)
-        plain = self.sampler.decode(trunks) if compare else [None] * len(seeds)
+        images = dict(zip(tempered, self.sampler.decode(tempered), strict=True))
+        others = [branch for branch in branches if branch not in images]
+        if others:
+            images |= zip(others, self.sampler.decode(others), strict=True)
         self.pipe.maybe_free_model_hooks()
         return [
             Result(
-                image=image,
-                plain=before,
+                image=images[branch],
+                plain=images[walk.trunk] if compare else None,
                 interrupted=walk.first.view,
                 interrupted_at=walk.first.step,
                 kept=walk.kept.view if self.settings.rounds > 1 else None,
                 kept_at=walk.kept.step if self.settings.rounds > 1 else None,
                 rounds=tuple(walk.rounds),
                 seed=seed,
-                unet_calls=sum(branch.evaluations for branch in walk.branches),
+                unet_calls=sum(each.evaluations for each in walk.branches),
+                tempered_calls=walk.evaluations_for(branch),
+                plain_calls=walk.trunk.evaluations if compare else None,
             )
-            for image, before, walk, seed in zip(images, plain, walks, seeds, strict=True)
+            for branch, walk, seed in zip(tempered, walks, seeds, strict=True)
         ]
 
     def once(self, walks: Sequence[Walk]) -> list[Branch]:

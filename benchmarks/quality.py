@@ -31,12 +31,13 @@ import torch
 from tqdm import tqdm
 
 import outputs
-from benchmarks.judge import WEIGHTS, Judge, load_judge
 from benchmarks.methods import Case, Method, Models
 from benchmarks.prompts import Prompt, laboratory
 from benchmarks.roster import BARE, PLAIN, ROSTER
+from comparison import markdown
 from loaders import load_clipseg, load_pipeline
 from metrics import Paired, bootstrap_interval, paired, picture_metrics
+from pocket.judge import WEIGHTS, Judge, load_judge
 from sheets import class_colours
 
 if TYPE_CHECKING:
@@ -49,10 +50,11 @@ POCKET = HERE.parent / "pocket" / "weights"
 # What decides what a picture is and how it is judged.
 SOURCES = (
     "annealing.py",
-    "benchmarks/judge.py",
     "benchmarks/methods.py",
     "families.py",
     "metrics.py",
+    "pocket/judge.py",
+    "pocket/judgenet.py",
     "sampling.py",
     "segmentation.py",
     "settings.py",
@@ -417,7 +419,7 @@ def table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
     """A Markdown table, a row a method: all-OK rates by subset, then everything together."""
     subsets = list(next(iter(summaries.values())))
     head = ["method", *subsets, "against plain", *FAULTS, "PPV", "NPV", "JS", "calls", "s"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = [head]
     for method, row in summaries.items():
         pooled = row[POOLED]
         lines.append(
@@ -431,7 +433,7 @@ def table(summaries: Mapping[str, Mapping[str, Summary]]) -> str:
                 "-" if pooled.seconds is None else f"{pooled.seconds:.2f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |".replace("_", " ") for line in lines)
+    return markdown([[cell.replace("_", " ") for cell in line] for line in lines])
 
 
 def percent(each: Summary) -> str:

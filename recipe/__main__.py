@@ -5,7 +5,7 @@
 Stages: unet (with its text encoder and the autoencoder it needs), clipseg, judge; renders come
 first by themselves, and the two others need the U-Net, whose pictures they learn to read. Each
 keeps its state in the work folder, so that a killed run loses a few minutes at most; the finished
-weights go to pocket/weights and benchmarks.
+weights go to pocket/.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial.distance import cdist
 
-from benchmarks.judge import BACKGROUND, Judge
 from pocket.images import Pixels, as_tensor
+from pocket.judge import BACKGROUND, Judge
 from pocket.world import COLOUR_NAMES, Noun
 from recipe.data import SIZE, Scene, Studio, scene_of
 

@@ -28,20 +28,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.judge import (
+from pocket.images import Pixels, as_tensor
+from pocket.judge import (
     BACKGROUND,
     HYBRID,
     NATURAL,
     NO_COLOUR,
-    SUBJECT_LABELS,
     WEIGHTS,
     Judge,
-    JudgeNet,
     Verdict,
     label_of,
     verdict,
 )
-from pocket.images import Pixels, as_tensor
+from pocket.judgenet import SUBJECT_LABELS, JudgeNet
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 from recipe.augment import between, worn
 from recipe.data import (

@@ -19,10 +19,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 import outputs
-from benchmarks.judge import NO_COLOUR, Judge, Verdict, load_judge
 from benchmarks.prompts import benchmark
 from loaders import load_clipseg, load_pipeline
 from pocket.images import Pixels
+from pocket.judge import NO_COLOUR, Judge, Verdict, load_judge
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
 from recipe.data import Pictures, Studio, pictures, training_scene
 from recipe.fidelity import features, precision_recall, single_renders

@@ -33,20 +33,22 @@ from kinds import MODEL, STABLE_DIFFUSION
 WEIGHTS = MODEL.pocket.parent
 Files = dict[str, bytes]
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-# What a child process does, then how it tells what came of it.
+# What a child process does, then how it tells what came of it. It counts pauses and makes none.
 CHILD = """
-import json, sys
+import hub, json, sys
 from pathlib import Path
+from types import SimpleNamespace
 from errors import TemperingError
 from hub import CLIPSEG, resolve
 from kinds import STABLE_DIFFUSION
 from loaders import *
-notices = []
+notices, pauses = [], []
+hub.time = SimpleNamespace(sleep=pauses.append)
 try:
     {code}
 except TemperingError as error:
     answer = {{"error": error.exit_code, "text": str(error)}}
-print(json.dumps({{"answer": answer, "notices": notices}}))
+print(json.dumps({{"answer": answer, "notices": notices, "pauses": pauses}}))
 """
 RESOLVE = (
     "answer = str(resolve(sys.argv[1] or None, offline=bool(sys.argv[2]), notice=notices.append))"
@@ -109,6 +111,7 @@ class Hub:
         self.silent: set[str] = set()  # repositories of which it does not tell what they are
         self.requests: list[Request] = []
         self._drops: dict[str, tuple[int, bool]] = {}
+        self._busy: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -132,6 +135,10 @@ class Hub:
         """End the next `times` downloads of `path` in the middle: too early, or with a reset."""
         self._drops[path] = (times, reset)
 
+    def answer_busy(self, path: str, status: int, *, times: int = 1) -> None:
+        """Answer the next `times` downloads of `path` with a status, or questions about a model."""
+        self._busy[path] = (times, status)
+
     def downloads(self) -> list[str]:
         """The repositories' files that were downloaded, `repository/path`, sorted."""
         found = (
@@ -143,6 +150,14 @@ class Hub:
         """Keep account of a request."""
         with self._lock:
             self.requests.append(request)
+
+    def take_busy(self, path: str) -> int | None:
+        """The status of an answer that puts off, if this download of `path` gets one."""
+        with self._lock:
+            times, status = self._busy.pop(path, (0, 0))
+            if times > 1:
+                self._busy[path] = (times - 1, status)
+            return status if times else None
 
     def take_drop(self, path: str) -> bool | None:
         """How this download of `path` is to end early, True for a reset; None: not at all."""
@@ -217,7 +232,11 @@ class _Handler(BaseHTTPRequestHandler):
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         match = api or file
         repository = match[1] if match else ""
-        if repository in self.hub.refusals:
+        asked = "/".join(match.groups()) if match and match is file else repository
+        busy = self.hub.take_busy(asked) if self.command == "GET" else None
+        if busy:
+            self._refuse(busy, "")
+        elif repository in self.hub.refusals:
             self._refuse(*self.hub.refusals[repository])
         elif match is None or repository not in self.hub.repositories:
             self._refuse(401, "RepoNotFound")  # what the Hub tells whoever has not logged in

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
+from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
 from segmentation import NONE, View
 
 
@@ -80,3 +82,18 @@ def test_a_worse_energy_is_kept_as_often_as_metropolis_says() -> None:
     draws = np.random.default_rng(0).random(100_000)
     kept = np.mean([keeps(0.8, 0.5, temperature=0.2, draw=draw) for draw in draws])
     assert kept == pytest.approx(math.exp(-1.5), abs=0.005)  # standard error 0.0013
+
+
+@pytest.mark.parametrize("backsteps", [0, 1, 7, 12])
+@pytest.mark.parametrize("cooling", [0.0, 0.3, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("rounds", [1, 2, 50])
+def test_depths_count_every_round_once(backsteps: int, cooling: float, rounds: int) -> None:
+    numbers = range(1, rounds + 1)
+    one_by_one = Counter(cooled_depth(backsteps, cooling, number) for number in numbers)
+    assert dict(depths(backsteps, cooling, rounds)) == one_by_one
+
+
+def test_as_many_rounds_as_a_number_can_hold_are_counted() -> None:
+    found = dict(depths(12, 0.999999, sys.maxsize))
+    assert sum(found.values()) == sys.maxsize
+    assert list(found) == list(range(12, 0, -1))

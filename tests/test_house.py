@@ -80,7 +80,7 @@ def test_the_arrows_of_the_plan_are_there() -> None:
         ("loaders", "hub"),
         ("tempering", "sampling"),
         ("sampling", "families"),
-        ("recipe.judge", "benchmarks.judge"),
-        ("benchmarks.judge", "pocket.world"),
+        ("recipe.judge", "pocket.judge"),
+        ("benchmarks.quality", "pocket.judge"),
     ]:
         assert below in imported(MODULES[above]), f"{above} does not import {below}"

@@ -220,7 +220,7 @@ def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -
 def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(
     hub: Hub, tmp_path: Path
 ) -> None:
-    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=3, reset=True)
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=7, reset=True)
     environment = hub.environment(tmp_path)
     said = ask(environment)
     assert said["answer"]["error"] == 1
@@ -237,6 +237,43 @@ def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(
     assert (folder / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
     assert len(hub.downloads()) == len(before) + 1  # the rest was not fetched again
     assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])
+def test_a_busy_hub_is_asked_again_and_what_is_complete_is_kept(
+    hub: Hub, tmp_path: Path, status: int
+) -> None:
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", status, times=2)
+    hub.answer_busy(STABLE_DIFFUSION, status, times=2)
+    said = ask(hub.environment(tmp_path), STABLE_DIFFUSION)
+    assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
+    downloads = hub.downloads()
+    assert [path for path in downloads if downloads.count(path) > 1] == [
+        f"{STABLE_DIFFUSION}/{UNET}"
+    ] * downloads.count(f"{STABLE_DIFFUSION}/{UNET}")
+
+
+def test_a_hub_that_stays_busy_is_asked_for_a_minute_in_growing_pauses(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", 503, times=10**9)
+    environment = hub.environment(tmp_path)
+    said = ask(environment, STABLE_DIFFUSION)
+    assert said["answer"]["error"] == 1
+    assert "broke off, the Hub can not be reached (it answers 503); run" in said["answer"]["text"]
+    assert sum(said["pauses"]) >= 60
+    assert said["pauses"] == sorted(set(said["pauses"]))
+    told = re.findall("it answers 503.; trying again in ([0-9]+) s\n", said["stderr"])
+    assert [int(pause) for pause in told] == said["pauses"]
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", 503)
+    assert Path(ask(environment, STABLE_DIFFUSION)["answer"]).is_dir()
+
+
+def test_what_will_not_pass_is_not_asked_for_again(hub: Hub, tmp_path: Path) -> None:
+    hub.answer_busy(f"{STABLE_DIFFUSION}/{UNET}", 403, times=10**9)
+    said = ask(hub.environment(tmp_path), STABLE_DIFFUSION)
+    assert (said["answer"]["error"], said["pauses"]) == (1, [])
+    assert ask(hub_environment(closed_url(), tmp_path / "other"))["pauses"] == []  # no network
 
 
 @pytest.mark.parametrize("offline", [False, True], ids=["closed port", "offline"])

@@ -15,24 +15,22 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.judge import (
+from pocket.images import Pixels
+from pocket.judge import (
     BACKGROUND,
-    COLOUR_LABELS,
     COLOUR_SHARE,
     FUSED_CELLS,
     HYBRID,
     NATURAL,
     NO_COLOUR,
     PRESENT_CELLS,
-    SUBJECT_LABELS,
     Judge,
-    JudgeNet,
     Verdict,
     label_of,
     load_judge,
     verdict,
 )
-from pocket.images import Pixels
+from pocket.judgenet import COLOUR_LABELS, SUBJECT_LABELS, JudgeNet
 from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, parse
 from recipe import judge as recipe
 from recipe.data import Studio

@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -47,6 +49,8 @@ REPOSITORY = Path(loaders.__file__).parent
 PAINTER = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 SEGMENTER = REPOSITORY / "pocket" / "weights" / "clipseg"
 UNET = "unet/diffusion_pytorch_model.safetensors"
+Tensors = dict[str, torch.Tensor]
+Change = Callable[[Tensors], Tensors]
 SCHEDULER_LIST = "euler, ddim, pndm, dpm++ 2m, heun, unipc, euler ancestral, lcm"
 
 
@@ -455,6 +459,111 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors")
     with pytest.raises(ModelError, match=r"do not fit: there is no .*visual_projection"):
         load_clipseg(str(folder))
+
+
+PARTS = {
+    "text_encoder": "text_encoder/model.safetensors",
+    "unet": UNET,
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+def without(names: Sequence[str]) -> Change:
+    return lambda tensors: {name: tensors[name] for name in tensors.keys() - set(names)}
+
+
+def of_another_shape(names: Sequence[str]) -> Change:
+    return lambda tensors: {**tensors, **{name: torch.ones(2, 3, 5) for name in names}}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (without, "tensors of the {} are missing"),
+        (of_another_shape, "tensors of the {} have anoth"),
+    ],
+)
+@pytest.mark.parametrize("every", [2, 10**9], ids=["half", "one"])
+def test_a_part_that_is_not_whole_is_named_and_its_gaps_are_counted(
+    painter: Path, part: str, change: Callable[[Sequence[str]], Change], fault: str, every: int
+) -> None:
+    tensors = load_file(painter / PARTS[part])
+    names = sorted(tensors)[::every]
+    save_file(change(names)(tensors), painter / PARTS[part], metadata={"format": "pt"})
+    with pytest.raises(ModelError) as raised:
+        load_pipeline(str(painter))
+    text = str(raised.value)
+    assert text.startswith("weights of painter are corrupt or do not fit: ")
+    assert f"{len(names)} {fault.format(part)}" in text
+    assert "\n" not in text
+
+
+def test_a_vae_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PAINTER / "vae", tmp_path / "other vae"))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file(without(sorted(tensors)[::3])(tensors), weights)
+    with pytest.raises(
+        ModelError, match=r"^weights of other vae .* tensors of the vae are missing"
+    ):
+        load_pipeline(POCKET, vae=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "fault"),
+    [
+        ("unet", {"out_channels": 8}, "channels that the denoiser gives must be 4, got 8"),
+        ("vae", {"latent_channels": 8}, "channels of the VAE's latents must be 4, got 8"),
+        ("unet", {"cross_attention_dim": 48}, "width of the text encoder's output must be 48, got"),
+        ("vae", {"out_channels": 1}, "channels of the VAE's pictures must be 3, got 1"),
+    ],
+    ids=str,
+)
+def test_parts_that_were_not_made_for_each_other_are_named(
+    painter: Path, part: str, changed: dict[str, int], fault: str
+) -> None:
+    cls: Any = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
+    cls.from_config({**cls.load_config(painter / part), **changed}).save_pretrained(painter / part)
+    with pytest.raises(ModelError, match=re.escape(fault)):
+        load_pipeline(str(painter))
+
+
+def test_a_vocabulary_that_the_text_encoder_does_not_know_is_named(painter: Path) -> None:
+    path = painter / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["zzzz"] = 99_999
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"the tokenizer has \d+ words, the text encoder \d+"):
+        load_pipeline(str(painter))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"hidden_size": "wide"}', '{"hidden_size": 0}'])
+def test_a_configuration_that_no_library_likes_is_one_line(painter: Path, content: str) -> None:
+    (painter / "text_encoder" / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"^weights of painter are corrupt or do not fit: "):
+        load_pipeline(str(painter))
+
+
+# What the ecosystem writes.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_dtype_has_torchs_names_too(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    for spelling in (dtype, str(dtype), name, loaders.DTYPE_NAMES[name]):
+        assert pick_dtype(spelling, torch.device("cuda")) is dtype
+
+
+def test_what_torch_and_pathlib_write_is_taken() -> None:
+    given: Any = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    pipe = load_pipeline(PAINTER, vae=PAINTER / "vae", **given)
+    assert (pipe.unet.dtype, pipe.device.type) == (torch.bfloat16, "cpu")
+    assert load_clipseg(SEGMENTER, **given).model.dtype is torch.bfloat16
+    with pytest.raises(InputError, match=r"--dtype must be bf16 or fp32 on the cpu, got 'fp16'"):
+        load_pipeline(POCKET, dtype=torch.float16, device="cpu")
+    with pytest.raises(InputError, match=r"--dtype must be one of .*, got 'float64'"):
+        load_pipeline(POCKET, dtype=torch.float64)
 
 
 def test_corrupt_cache_is_named_to_be_deleted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -11,18 +12,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import evaluation
 import hub
 import inference
 import kinds
 import loaders
 import main
 import sampling
-from settings import VERSION
+from settings import VERSION, Request, Tempering
 
 REPOSITORY = Path(main.__file__).parent
 POCKET = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
@@ -66,6 +70,23 @@ BAD: dict[str, tuple[list[str], str]] = {
     "stoptime over steps": (
         [PAINT, "--steps", "10", "--stoptime", "11"],
         "stoptime must be a whole number in 1..10 (the number of steps), got 11",
+    ),
+    "early stoptime, late backsteps": (
+        [PAINT, "--steps", "10", "--stoptime", "5", "--backsteps", "6"],
+        "backsteps must be a whole number in 0..5 (the stoptime), got 6",
+    ),
+    "an invalid byte": (
+        [PAINT, "--prompts", "a black dog", "a toy \udcff"],
+        "prompt 2 must be a text in UTF-8, got 'a toy \\udcff'",
+    ),
+    "an invalid byte to keep out": (
+        [PAINT, "--negative_prompt", "\udcff"],
+        "negative_prompt must be a text in UTF-8, got '\\udcff'",
+    ),
+    "a folder that can not be": (
+        ["--resume", "x" * 5000],
+        f"needs the run.json of an earlier run, got {'x' * 5000}/run.json: it can not be read as "
+        f"JSON ({os.strerror(errno.ENAMETOOLONG)})",
     ),
     "backsteps -1": (
         [PAINT, "--backsteps", "-1"],
@@ -321,6 +342,142 @@ def test_what_is_no_run_can_neither_be_repeated_nor_resumed(
     refusal([MEASURE, *FEW, flag, str(run if flag == "--repeat" else tmp_path)], capsys)
 
 
+# ---- What an earlier run may say ----
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """What the flows are asked for; they do not run."""
+    requests: list[Request] = []
+    monkeypatch.setattr(inference, "run", requests.append)
+    monkeypatch.setattr(evaluation, "run", requests.append)
+    return requests
+
+
+def run_json(folder: Path, **arguments: object) -> Path:
+    """The run.json of a picture, as another might have written it."""
+    path = folder / "run.json"
+    path.write_text(json.dumps({"arguments": {"tempered_inference": True, **arguments}}))
+    return path
+
+
+NOT_TYPED: dict[str, list[object]] = {
+    "steps": ["ten", 4.5, True, None, [], {}, 10**30, float("nan")],
+    "k": ["much", False, None, [4], float("inf")],
+    "prompts": ["a black dog", None, 7, [], ["a black dog", 7], [[]]],
+    "joiner": [5, None, [" and "], "\ud800"],
+    "offline": ["no", 0, None],
+    "compare": ["false", 1],
+    "preview": ["photo", 1, None],
+    "model": [5, ["pocket"], {}],
+    "height": ["large", 60, 8.0],
+    "seed": [-1, "9" * 20, 2024.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, values in NOT_TYPED.items() for value in values],
+    ids=repr,
+)
+def test_a_value_that_could_not_be_typed_is_refused_by_its_name(
+    name: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_json(tmp_path, **{name: value})
+    line = refusal(["--repeat", str(path), "--output", str(tmp_path)], capsys)
+    assert name.removesuffix("s") in line  # prompt 2
+
+
+@pytest.mark.parametrize(
+    "name", ["update", "debug", "output", "repeat", "resume", "help", "nobody"]
+)
+def test_what_does_not_belong_to_the_picture_is_not_taken(
+    name: str, tmp_path: Path, asked: list[Request]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for value in (True, str(elsewhere)):
+        path = run_json(tmp_path, k=2, **{name: value})
+        assert main.main(["--repeat", str(path), "--output", str(tmp_path / "runs")]) == 0
+    assert [(each.settings.k, each.output, each.resume) for each in asked] == [
+        (2.0, tmp_path / "runs", None)
+    ] * 2
+    assert not elsewhere.exists()
+
+
+def test_a_prompt_that_looks_like_a_flag_is_a_prompt(tmp_path: Path, asked: list[Request]) -> None:
+    path = run_json(tmp_path, prompts=["--update", "--evaluate"], joiner="--output=/")
+    assert main.main(["--repeat", str(path), "--output", str(tmp_path)]) == 0
+    assert (asked[0].prompts, asked[0].settings.joiner) == (
+        ("--update", "--evaluate"),
+        "--output=/",
+    )
+
+
+def test_a_run_json_that_notepad_saved_is_fine(tmp_path: Path, asked: list[Request]) -> None:
+    path = run_json(tmp_path, k=2)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert main.main(["--repeat", str(path), "--output", str(tmp_path)]) == 0
+    assert asked[0].settings.k == 2
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def of_100_megabytes(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(100_000_000)
+
+
+def nested(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+@pytest.mark.parametrize("make", [a_pipe, endless, of_100_megabytes, nested, Path.mkdir])
+@pytest.mark.parametrize("flag", ["--repeat", "--resume"])
+def test_what_is_no_run_json_is_refused_at_once(
+    flag: str, make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    make(path)
+    begun = time.monotonic()
+    line = refusal([flag, str(path if flag == "--repeat" else tmp_path)], capsys)
+    assert line.startswith(f"needs the run.json of an earlier run, got {path}: ")
+    assert time.monotonic() - begun < 2
+
+
+# ---- Flags that follow each other ----
+
+
+@pytest.mark.parametrize("flow", [PAINT, MEASURE])
+def test_steps_alone_take_the_rest_along_into_run_json(
+    flow: str, tmp_path: Path, asked: list[Request]
+) -> None:
+    for steps in ("10", "50"):
+        assert main.main([flow, "--steps", steps, "--output", str(tmp_path)]) == 0
+    names = ("steps", "stoptime", "backsteps", "early_look")
+    told = [[each.arguments[name] for name in names] for each in asked]
+    assert told == [[10, 8, 6, 3], [50, 38, 30, 15]]
+    assert asked[1].settings == Tempering(steps=50)
+
+
+def test_a_run_repeated_with_other_steps_keeps_its_own_shares(
+    tmp_path: Path, asked: list[Request]
+) -> None:
+    path = str(run_json(tmp_path, steps=20, stoptime=10, backsteps=5, early_look=0))
+    words = ["--repeat", path, "--output", str(tmp_path)]
+    assert main.main([*words, "--steps", "40"]) == 0
+    assert main.main([*words, "--steps", "40", "--stoptime", "15"]) == 0
+    assert main.main(words) == 0
+    found = [(s.stoptime, s.backsteps, s.early_look) for s in (each.settings for each in asked)]
+    assert found == [(20, 10, 0), (15, 10, 0), (10, 5, 0)]
+
+
 def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_path: Path) -> None:
     # 30 words fit beside the marks of start and end; each prompt does, and the joined one does not.
     prompts = ["a black dog " * 5, "a red car " * 4 + "a blue bird"]
@@ -332,6 +489,33 @@ def test_a_prompt_over_the_text_encoders_length_runs_and_the_cut_is_named(tmp_pa
         "Stable Diffusion's CLIP reads 32 tokens, this prompt has 34; without effect: 'blue bird'"
     )
     assert (done.returncode, done.stderr) == (0, f"warning: {warning}\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps the folder that one is in")
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    code = (
+        f"import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone');"
+        f"sys.path.insert(0, {str(REPOSITORY)!r}); import main; sys.exit(main.main(['{PAINT}']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    line = "error: the working directory must exist, this one was deleted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_an_older_python_is_told_which_one_is_needed() -> None:
+    """main.py can be read by one, and asks for its version before what that could not import."""
+    ast.parse((REPOSITORY / "main.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+    pretend = (
+        "import runpy, sys; sys.version_info = (3, 8, 18, 'final', 0); sys.modules['hub'] = None;"
+        "runpy.run_path('main.py', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", pretend], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    line = "error: Python 3.10 to 3.13 is needed: start init.py with another one\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
 def test_a_python_without_the_libraries_says_how_to_start(tmp_path: Path) -> None:
@@ -462,6 +646,78 @@ def test_corrupt_weights_are_one_line(
     assert line.startswith("weights of painter are corrupt or do not fit: ")
     assert line.endswith("; put a sound copy in its place")
     assert not (tmp_path / "runs").exists()
+
+
+def poisoned(source: Path, folder: Path, weights: Path) -> Path:
+    """A copy of a model whose weights of one part are not numbers any more."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / weights)
+    damaged = {
+        name: each * float("nan") if each.is_floating_point() else each
+        for name, each in tensors.items()
+    }
+    save_file(damaged, folder / weights, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_not_finite_are_named(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = next((POCKET / part).glob("*.safetensors")).relative_to(POCKET)
+    folder = poisoned(POCKET, tmp_path / "painter", weights)
+    words = [*FEW, "--model", str(folder), "--clipseg", "pocket", "--dtype", "fp32"]
+    line = refusal([PAINT, *words, "--output", str(tmp_path / "runs")], capsys, code=1)
+    assert line == (
+        f"the picture is not finite because weights of {part} are not: put a sound copy in their "
+        "place"
+    )
+
+
+def test_a_clipseg_that_sees_no_numbers_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = poisoned(POCKET.with_name("clipseg"), tmp_path / "eyes", Path("model.safetensors"))
+    words = [*FEW, "--clipseg", str(folder), "--output", str(tmp_path / "runs")]
+    line = refusal([PAINT, *words], capsys, code=1)
+    assert line == (
+        "what CLIPSeg sees is not finite because weights of CLIPSeg are not: put a sound copy in "
+        "their place"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--guidance_scale", "--cfg_rescale"])
+def test_settings_that_no_number_survives_are_named_and_not_the_precision(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*FEW, flag, "1e38", "--k", "100", "--dtype", "fp32", "--output", str(tmp_path)]
+    line = refusal([PAINT, *words], capsys, code=1)
+    assert line == (
+        "the picture is not finite in float32; what may help: a smaller --guidance_scale or "
+        "--cfg_rescale"
+    )
+
+
+def test_a_part_that_fails_while_painting_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(POCKET, tmp_path / "painter"))
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "norm_eps": "small"}))
+    words = [*FEW, "--model", str(folder), "--clipseg", "pocket", "--output", str(tmp_path)]
+    line = refusal([PAINT, *words], capsys, code=1)
+    assert line.startswith("the denoiser of this model does not work: ")
+
+
+def test_a_million_rounds_that_are_not_needed_cost_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [PAINT, *FEW, "--rounds", "1000000", "--accept", "100", "--early_look", "0"]
+    main.main([*words, "--output", str(tmp_path)])  # whatever is loaded once
+    begun = time.process_time()
+    assert main.main([*words, "--output", str(tmp_path)]) == 0
+    assert time.process_time() - begun < 5
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_that_can_not_be_had_names_what_would_work(

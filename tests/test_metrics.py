@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import re
 import subprocess
 import sys
 import warnings
@@ -24,16 +23,18 @@ from scipy.spatial.distance import jensenshannon
 import metrics
 from errors import InputError
 from metrics import (
+    Column,
     Paired,
     PictureMetrics,
+    compared,
     js_distance,
+    mcnemar_p,
     npv,
     paired,
     picture_metrics,
     ppv,
     scatter,
     summarise,
-    summary_table,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")  # nothing here may warn its user
@@ -246,7 +247,9 @@ def test_improved_respects_the_direction() -> None:
     higher = paired(PLAIN, TEMPERED, higher_is_better=True)
     lower = paired(PLAIN, TEMPERED, higher_is_better=False)
     assert (higher.improved, lower.improved) == (3 / 5, 1 / 5)  # the equal cycle is in neither
-    assert dataclasses.replace(lower, improved=higher.improved) == higher  # and nothing else does
+    assert (higher.better, higher.worse, lower.better, lower.worse) == (3, 1, 1, 3)
+    turned = dataclasses.replace(lower, improved=higher.improved, better=3, worse=1)
+    assert turned == higher  # and nothing else does
 
 
 def test_exchanging_plain_and_tempered_turns_the_difference() -> None:
@@ -388,77 +391,106 @@ def test_summarise_wants_pairs() -> None:
         summarise([], [])
 
 
+# ---- Shares, and prompts of several seeds ----
+
+
+def share(plain: Sequence[int], tempered: Sequence[int], **options: Any) -> Paired:
+    return compared({"ok": Column(plain, tempered, share=True)}, **options)["ok"]
+
+
+def test_a_share_by_hand() -> None:
+    # Of ten pictures plain fails 6; tempering rescues 4 of them and spoils 1 of the other 4.
+    figures = share([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 1, 1, 1, 1, 0, 0])
+    assert (figures.plain_mean, figures.tempered_mean) == (0.4, 0.7)
+    assert (figures.better, figures.worse) == (4, 1)
+    # Of the five that differ one goes the other way: 2 (1 + 5) / 2**5.
+    assert figures.p == pytest.approx(0.375)
+    assert figures.failures_cut == pytest.approx(0.5)  # 3 of 6 are left
+    assert figures.cut_low is not None
+    assert figures.cut_high is not None
+    assert figures.cut_low < 0.5 < figures.cut_high
+
+
+def test_where_nothing_fails_there_is_nothing_to_cut() -> None:
+    figures = share([1, 1, 1], [1, 1, 0])
+    assert figures.failures_cut is None
+    assert (share([0, 0], [0, 0]).p, share([0, 0], [1, 1]).failures_cut) == (None, 1.0)
+    assert share([0, 0], [1, 1]).p == pytest.approx(0.5)
+
+
+def test_a_figure_has_no_failures() -> None:
+    assert paired([0.0, 1.0], [1.0, 1.0], higher_is_better=True).failures_cut is None
+
+
+def test_seeds_of_one_prompt_do_not_count_as_so_many_prompts() -> None:
+    """Each prompt either gains with all its seeds or with none: only prompts tell anything."""
+    gains = np.random.default_rng(6).integers(0, 2, 40)
+    by_prompt = share([0] * 40, gains.tolist())
+    seeds = np.repeat(gains, 25)
+    groups = np.repeat(np.arange(40), 25)
+    clustered = share([0] * 1000, seeds.tolist(), groups=groups)
+    naive = share([0] * 1000, seeds.tolist())
+    assert None not in (clustered.low, clustered.high, by_prompt.low, by_prompt.high)
+    assert (clustered.low, clustered.high) == (by_prompt.low, by_prompt.high)
+    assert spread(naive) == pytest.approx(spread(clustered) / 5, rel=0.1)  # sqrt(25) too narrow
+
+
+def spread(figures: Paired) -> float:
+    assert figures.low is not None
+    assert figures.high is not None
+    return figures.high - figures.low
+
+
+def test_the_clustered_interval_covers_the_truth_as_often_as_it_says() -> None:
+    # 200 experiments of 30 prompts with 4 seeds; prompts differ as much as their seeds do.
+    generator = np.random.default_rng(7)
+    groups = np.repeat(np.arange(30), 4)
+    covered = {"prompts": 0, "pictures": 0}
+    for _ in range(200):
+        values = 0.1 + generator.normal(0, 0.2, 30)[groups] + generator.normal(0, 0.2, 120)
+        for name, of in (("prompts", groups), ("pictures", None)):
+            figures = compared({"": Column(np.zeros(120), values)}, groups=of)[""]
+            assert figures.low is not None
+            assert figures.high is not None
+            covered[name] += figures.low <= 0.1 <= figures.high
+    assert 0.88 <= covered["prompts"] / 200 <= 0.99
+    assert covered["pictures"] / 200 < 0.85
+
+
+def test_prompts_of_unequal_numbers_of_seeds_count_by_their_seeds() -> None:
+    # Two groups of 1 and 3 cycles: a resample is both of one (mean 1 or 0) or one of each (1 / 4).
+    figures = share([0] * 4, [1, 0, 0, 0], groups=["a", "b", "b", "b"])
+    assert figures.difference_mean == 0.25
+    assert (figures.low, figures.high) == (0.0, 1.0)
+
+
+def test_one_prompt_has_only_its_seeds_to_tell_of() -> None:
+    generator = np.random.default_rng(8)
+    column = Column(generator.random(20), generator.random(20))
+    alone = compared({"": column}, groups=["a prompt"] * 20)
+    assert alone == compared({"": column})
+
+
+def test_measures_that_are_compared_together_have_the_figures_of_each_alone() -> None:
+    generator = np.random.default_rng(9)
+    columns = {
+        "ok": Column(generator.integers(0, 2, 30), generator.integers(0, 2, 30), share=True),
+        "js": Column(generator.random(30), generator.random(30), higher_is_better=False),
+    }
+    groups = np.repeat(np.arange(10), 3)
+    together = compared(columns, groups=groups)
+    for name, column in columns.items():
+        assert together[name] == compared({name: column}, groups=groups)[name]
+
+
+def test_mcnemar_by_hand() -> None:
+    assert mcnemar_p(0, 0) is None
+    assert mcnemar_p(5, 5) == pytest.approx(1.0)
+    assert mcnemar_p(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar_p(1, 8) == mcnemar_p(8, 1)
+
+
 # ---- For the reader ----
-
-FIGURES = Paired(
-    plain_mean=0.51234,
-    tempered_mean=0.61239,
-    plain_median=0.5,
-    tempered_median=0.6,
-    difference_mean=0.10005,
-    low=-0.01236,
-    high=0.21237,
-    p=0.03127,
-    improved=0.75,
-    cycles=8,
-)
-
-
-def test_the_table_shows_every_figure() -> None:
-    table = summary_table({"ppv": FIGURES})
-    header, _, row, footer = table.split("\n")
-    assert re.split(r" {2,}", header) == [
-        *("metric", "better", "plain mean", "tempered mean"),
-        *("difference", "95 % interval", "Wilcoxon p", "improved"),
-    ]
-    expected = ["PPV", "higher", "0.5123", "0.6124", "+0.1001", "-0.0124", "+0.2124", "0.0313"]
-    assert row.split() == [*expected, "75%"]
-    assert footer.startswith("8 cycles")
-
-
-def test_the_table_names_the_better_direction_of_each_metric() -> None:
-    rows = summary_table(summarise(BEFORE, AFTER)).split("\n")[2:5]
-    assert [re.split(r" {2,}", row)[:2] for row in rows] == [
-        ["PPV", "higher"],
-        ["NPV", "higher"],
-        ["JS distance", "lower"],
-    ]
-
-
-def test_the_table_fits_its_terminal_and_stays_aligned() -> None:
-    extreme = Paired(1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 100_000)
-    table = summary_table({"ppv": extreme, "npv": FIGURES, "js": extreme})
-    *lines, _ = table.split("\n")
-    assert {len(line) for line in lines} == {100}
-    assert max(len(line) for line in table.split("\n")) <= 100
-    assert table.isascii()  # a console of any encoding can print it
-
-
-def test_the_table_marks_what_is_undefined() -> None:
-    nothing = paired([0.5], [0.5], higher_is_better=True)
-    *_, row, footer = summary_table({"npv": nothing}).split("\n")
-    assert row.split() == ["NPV", "higher", "0.5000", "0.5000", "+0.0000", "-", "-", "0%"]
-    assert footer.startswith("1 cycle;")
-
-
-@pytest.mark.parametrize(
-    ("p", "text"), [(0.0, "<0.0001"), (0.00009, "<0.0001"), (0.0001, "0.0001"), (1.0, "1.0000")]
-)
-def test_the_table_never_rounds_p_to_nothing(p: float, text: str) -> None:
-    row = summary_table({"js": dataclasses.replace(FIGURES, p=p)}).split("\n")[2]
-    assert row.split()[-2] == text
-
-
-def test_the_table_has_no_negative_zero() -> None:
-    tiny = dataclasses.replace(FIGURES, difference_mean=-1e-9, low=-1e-8, high=1e-8)
-    row = summary_table({"js": tiny}).split("\n")[2]
-    assert row.split()[5:8] == ["+0.0000", "+0.0000", "+0.0000"]
-
-
-@pytest.mark.parametrize("keys", [[], ["ppv", "recall"]])
-def test_an_unusable_summary_is_told(keys: list[str]) -> None:
-    with pytest.raises(InputError, match=r"keys among \['ppv', 'npv', 'js'\]; got \["):
-        summary_table(dict.fromkeys(keys, FIGURES))
 
 
 def pictures(cycles: int, seed: int) -> list[PictureMetrics]:

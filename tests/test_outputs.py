@@ -338,6 +338,17 @@ def test_no_file_has_no_lines(tmp_path: Path) -> None:
     assert outputs.read_json_lines(tmp_path / "none.jsonl") == []
 
 
+@pytest.mark.parametrize("length", [0, 1, 65_535, 65_536, 65_537, 200_000])
+@pytest.mark.parametrize("before", [b"", b'{"a": 1}\n', b'{"a": 1}\n' * 20_000])
+def test_half_a_line_of_any_length_is_cut_off_exactly(
+    before: bytes, length: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(before + b"x" * length)
+    outputs.append_json_line(path, {"b": 2})
+    assert path.read_bytes() == before + b'{"b": 2}\n'
+
+
 def test_json_lines_that_can_not_be_read_are_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"^can not read .* \(.*\); nothing was changed$"):
         outputs.read_json_lines(tmp_path)

@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.unets.unet_2d_blocks import UpBlock2D
 from torch import Tensor, nn
 
-from benchmarks.judge import load_judge
 from pocket.images import as_tensor
+from pocket.judge import load_judge
 from pocket.world import Noun
 from recipe.clipseg import PROMPTS, questions
 from recipe.data import Placed, Scene

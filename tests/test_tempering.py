@@ -488,3 +488,35 @@ def test_missing_prompts_are_refused(
 ) -> None:
     with pytest.raises(InputError):
         temper(pipe, clipseg, prompts, FEW)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [FEW, ROUNDS, replace(ROUNDS, accept=100), replace(EARLY, early_accept=0)],
+    ids=["once", "rounds", "good at once", "left early"],
+)
+def test_a_comparison_tells_what_the_tempered_picture_costs_by_itself(
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg, settings: Tempering
+) -> None:
+    alone, compared = (
+        temper(any_pipe, clipseg, PROMPTS, settings, seed=7, compare=each) for each in (False, True)
+    )
+    assert compared.tempered_calls == alone.tempered_calls == alone.unet_calls
+    assert compared.unet_calls >= alone.unet_calls
+
+
+def test_several_seeds_of_one_prompt_share_its_text(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    others = ["a cat", "a red car"]
+    painter = Painter(pipe, clipseg, [PROMPTS, others], ROUNDS)
+    found = painter.temper([3, 4, 3], rows=[1, 0, 0], compare=True)
+    for result, prompts in zip(found, (others, PROMPTS, PROMPTS), strict=True):
+        alone = temper(pipe, clipseg, prompts, ROUNDS, seed=result.seed, compare=True)
+        assert alone.plain is not None
+        assert result.plain is not None
+        assert farthest(alone.image, result.image) <= 1
+        assert farthest(alone.plain, result.plain) <= 1
+        assert alone.interrupted.energy == pytest.approx(result.interrupted.energy, abs=1e-3)
+    with pytest.raises(InputError, match="must have 2 seeds, one a list of prompts, got 1"):
+        painter.temper([3], rows=[0, 1])
