@@ -88,6 +88,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: str | None = None,
+    sizes: Sequence[int | None] = (),
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
 ) -> DiffusionPipeline:
@@ -97,9 +98,9 @@ def load_pipeline(
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
     Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
     leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
-    `prediction_type` None is what the model itself says. `dtype` and `device` are names as on the
-    command line, or torch's own. Raises InputError before anything is loaded, ModelError and
-    ResourceError after.
+    `prediction_type` None is what the model itself says. `sizes` are what it is to paint: what its
+    family does not is refused here. `dtype` and `device` are names as on the command line, or
+    torch's own. Raises InputError before anything is loaded, ModelError and ResourceError after.
     """
     kind = MODEL if t5 else MODEL.bare
     if scheduler is not None:
@@ -124,6 +125,9 @@ def load_pipeline(
     def admit(layout: Layout) -> None:
         if scheduler is not None:
             scheduler_name(scheduler, on_flows=layout.on_flows)
+        if any(size and size % layout.size_factor for size in sizes):
+            text = f"sizes must be multiples of {layout.size_factor} pixels with Stable Diffusion 3"
+            raise InputError(f"{text}, got {' and '.join(str(size) for size in sizes if size)}")
         if prediction_type is not None and layout.on_flows:
             text = "--prediction_type must not be given with Stable Diffusion 3"
             raise InputError(f"{text}, got {prediction_type!r}")
@@ -312,10 +316,11 @@ def scheduler_of(pipe: DiffusionPipeline) -> str:
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Give the pipeline the scheduler of that name, with its model's own schedule.
 
-    Raises InputError for one that there is not for the model's kind of schedule.
+    Raises InputError for one that there is not for the model's kind of schedule, and for EDM's.
     """
-    from sampling import FLOW, prediction_type
+    from sampling import FLOW, check_schedule, prediction_type
 
+    check_schedule(pipe.scheduler)
     config = pipe.scheduler.config
     if prediction_type(pipe.scheduler) == FLOW:
         class_name, settings, shift = FLOW_SCHEDULERS[scheduler_name(name, on_flows=True)]

@@ -161,8 +161,7 @@ class Sampler:
             name, config, steps = type(own).__name__, scheduler.config, self.settings.steps
             if isinstance(scheduler, PNDMScheduler) and not config.skip_prk_steps:
                 raise InputError("PNDM must be used with skip_prk_steps=True, got False")
-            if "sigma_data" in config:  # x is scaled in another way, which no family's models know
-                raise InputError(f"the scheduler must not be one of EDM, got {name}")
+            check_schedule(scheduler)
             options = {}
             if config.get("use_dynamic_shifting"):
                 options["mu"] = self.family.shift(config, self.shape)
@@ -252,6 +251,13 @@ class Branch:
         if isinstance(self.scheduler, PNDMScheduler):
             steps += steps > 0  # its first step takes two evaluations
         return min(steps * self.scheduler.order, len(self.timesteps))
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Raise InputError for a scheduler of EDM (Karras et al. 2022), which scales x differently."""
+    if "sigma_data" in scheduler.config:
+        name = type(scheduler).__name__
+        raise InputError(f"the model's schedule must be Stable Diffusion's or a flow's, got {name}")
 
 
 def prediction_type(scheduler: Any) -> str:

@@ -160,6 +160,7 @@ def open_session(request: Request, device: str | None = None) -> Session:
         t5=models.t5,
         scheduler=models.scheduler,
         prediction_type=models.prediction_type,
+        sizes=(request.settings.height, request.settings.width),
         device=models.device,
         dtype=models.dtype,
         offload=models.offload,

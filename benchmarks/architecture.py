@@ -1,4 +1,4 @@
-"""Stable Diffusion v1-4 and CLIPSeg rd64-refined as they are, but for what they have learned.
+"""Stable Diffusion v1-4, XL, 3.5 medium and CLIPSeg rd64-refined, but for what they have learned.
 
 The folders that `save` writes have the files, sizes and settings of the repositories on the Hub,
 with random weights and a vocabulary that knows the pocket's words alone. They paint noise at the
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +26,193 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SPREAD = 0.02
 
 Config = dict[str, Any]
-Architecture = Mapping[str, Config]  # part -> its model's configuration
 
-# What is not named here has been the library's default from the start.
-FULL: Architecture = {
-    # CompVis/stable-diffusion-v1-4
-    "unet": {
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "attention_head_dim": 8,  # the number of heads, whatever its name says
-        "cross_attention_dim": 768,
-        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
-    },
-    "vae": {
-        "sample_size": 512,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "scaling_factor": 0.18215,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    },
-    "text_encoder": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "projection_dim": 768,
-        "max_position_embeddings": 77,
-        "vocab_size": 49408,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-    },
-    # CIDAS/clipseg-rd64-refined: CLIP ViT-B/16, whose 14x14 positions are interpolated to 22x22
-    "clipseg": {
+
+@dataclass(frozen=True)
+class Part:
+    """One network: its class in `library`, and its configuration there."""
+
+    library: str
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Original:
+    """A model of the Hub; what is not named here has been the library's default from the start."""
+
+    title: str
+    pipeline: str  # diffusers' class
+    parts: Mapping[str, Part]  # in the order in which they are built
+    scheduler: Config
+    dtype: str = "float32"  # of the files
+
+    @property
+    def text_encoders(self) -> dict[str, Config]:
+        return {name: part.config for name, part in self.parts.items() if "text_enc" in name}
+
+
+SCHEDULE: Config = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "clip_sample": False,
+    "trained_betas": None,
+}
+VAE: Config = {
+    "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+CLIP: Config = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+OPEN_CLIP: Config = {
+    **CLIP,
+    "hidden_size": 1280,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "intermediate_size": 5120,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+ORIGINALS = {
+    "v1-4": Original(
+        "Stable Diffusion v1-4",  # CompVis/stable-diffusion-v1-4
+        "StableDiffusionPipeline",
+        {
+            "unet": Part(
+                "diffusers",
+                "UNet2DConditionModel",
+                {
+                    "sample_size": 64,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "block_out_channels": (320, 640, 1280, 1280),
+                    "layers_per_block": 2,
+                    "attention_head_dim": 8,  # the number of heads, whatever its name says
+                    "cross_attention_dim": 768,
+                    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+                    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+                },
+            ),
+            "vae": Part("diffusers", "AutoencoderKL", VAE),
+            "text_encoder": Part("transformers", "CLIPTextModel", CLIP),
+        },
+        {
+            "_class_name": "PNDMScheduler",
+            **SCHEDULE,
+            "skip_prk_steps": True,
+            "set_alpha_to_one": False,
+        },
+    ),
+    "xl": Original(
+        "Stable Diffusion XL",  # stabilityai/stable-diffusion-xl-base-1.0
+        "StableDiffusionXLPipeline",
+        {
+            "unet": Part(
+                "diffusers",
+                "UNet2DConditionModel",
+                {
+                    "sample_size": 128,
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "block_out_channels": (320, 640, 1280),
+                    "layers_per_block": 2,
+                    "attention_head_dim": (5, 10, 20),
+                    "cross_attention_dim": 2048,
+                    "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+                    "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+                    "transformer_layers_per_block": (1, 2, 10),
+                    "use_linear_projection": True,
+                    "addition_embed_type": "text_time",
+                    "addition_time_embed_dim": 256,
+                    "projection_class_embeddings_input_dim": 2816,
+                },
+            ),
+            "vae": Part(
+                "diffusers",
+                "AutoencoderKL",
+                {**VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+            ),
+            "text_encoder": Part("transformers", "CLIPTextModel", CLIP),
+            "text_encoder_2": Part("transformers", "CLIPTextModelWithProjection", OPEN_CLIP),
+        },
+        {
+            "_class_name": "EulerDiscreteScheduler",
+            **SCHEDULE,
+            "timestep_spacing": "leading",
+            "interpolation_type": "linear",
+        },
+        "bfloat16",
+    ),
+    "3.5-medium": Original(
+        "Stable Diffusion 3.5 medium, without T5",  # stabilityai/stable-diffusion-3.5-medium
+        "StableDiffusion3Pipeline",
+        {
+            "transformer": Part(
+                "diffusers",
+                "SD3Transformer2DModel",
+                {
+                    "sample_size": 128,
+                    "patch_size": 2,
+                    "in_channels": 16,
+                    "out_channels": 16,
+                    "num_layers": 24,
+                    "attention_head_dim": 64,
+                    "num_attention_heads": 24,
+                    "joint_attention_dim": 4096,
+                    "caption_projection_dim": 1536,
+                    "pooled_projection_dim": 2048,
+                    "pos_embed_max_size": 384,
+                    "dual_attention_layers": tuple(range(13)),
+                    "qk_norm": "rms_norm",
+                },
+            ),
+            "vae": Part(
+                "diffusers",
+                "AutoencoderKL",
+                {
+                    **VAE,
+                    "sample_size": 1024,
+                    "latent_channels": 16,
+                    "scaling_factor": 1.5305,
+                    "shift_factor": 0.0609,
+                    "use_quant_conv": False,
+                    "use_post_quant_conv": False,
+                },
+            ),
+            "text_encoder": Part("transformers", "CLIPTextModelWithProjection", CLIP),
+            "text_encoder_2": Part("transformers", "CLIPTextModelWithProjection", OPEN_CLIP),
+        },
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0,
+        },
+        "bfloat16",
+    ),
+}
+# CIDAS/clipseg-rd64-refined: CLIP ViT-B/16, whose 14x14 positions are interpolated to 22x22
+SEGMENTER = Part(
+    "transformers",
+    "CLIPSegForImageSegmentation",
+    {
         "reduce_dim": 64,
         "extract_layers": [3, 6, 9],
         "use_complex_transposed_convolution": True,
@@ -86,20 +236,7 @@ FULL: Architecture = {
             "patch_size": 16,
         },
     },
-}
-
-SCHEDULER: Config = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "clip_sample": False,
-    "trained_betas": None,
-}
+)
 IMAGE_PROCESSOR: Config = {
     "image_processor_type": "ViTImageProcessor",
     "processor_class": "CLIPSegProcessor",
@@ -114,24 +251,13 @@ IMAGE_PROCESSOR: Config = {
 }
 
 
-def skeletons(architecture: Architecture = FULL) -> dict[str, nn.Module]:
-    """The four models by their part's name, on the meta device: shapes without any memory."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import (
-        CLIPSegConfig,
-        CLIPSegForImageSegmentation,
-        CLIPTextConfig,
-        CLIPTextModel,
-    )
-
+def skeleton(part: Part) -> Any:
+    """The network on the meta device: shapes without any memory."""
+    cls = getattr(import_module(part.library), part.name)
     with torch.device("meta"):
-        models: dict[str, Any] = {
-            "unet": UNet2DConditionModel(**architecture["unet"]),
-            "vae": AutoencoderKL(**architecture["vae"]),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"])),
-            "clipseg": CLIPSegForImageSegmentation(CLIPSegConfig(**architecture["clipseg"])),
-        }
-    return models
+        if part.library == "diffusers":
+            return cls(**part.config)
+        return cls(cls.config_class(**part.config))
 
 
 def parameters(model: nn.Module) -> int:
@@ -139,25 +265,30 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save(folder: Path, architecture: Architecture = FULL, seed: int = 0) -> None:
-    """Write `stable-diffusion` and `clipseg` into `folder`: 5 GB of float32 for the full ones.
+def save(folder: Path, original: Original, segmenter: Part = SEGMENTER, seed: int = 0) -> None:
+    """Write the model and CLIPSeg into `folder`, as `stable-diffusion` and `clipseg`.
 
     They are built under another name and renamed, so a folder that is there is complete. One
-    model at a time is in memory.
+    network at a time is in memory.
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    painter, segmenter = unfinished / "stable-diffusion", unfinished / "clipseg"
-    for name, model in skeletons(architecture).items():
-        target = segmenter if name == "clipseg" else painter / name
-        fill(model.to_empty(device="cpu"), seed).save_pretrained(target)
-        model.to("meta")
-    _save_json(painter / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _save_json(painter / "model_index.json", _model_index())
-    save_tokenizer(painter / "tokenizer", architecture["text_encoder"])
-    save_tokenizer(segmenter, architecture["clipseg"]["text_config"])
-    _save_json(segmenter / "preprocessor_config.json", IMAGE_PROCESSOR)
+    painter, looker = unfinished / "stable-diffusion", unfinished / "clipseg"
+    for name, part in original.parts.items():
+        _save_network(part, painter / name, getattr(torch, original.dtype), seed)
+    _save_network(segmenter, looker, torch.float32, seed)
+    _save_json(painter / "scheduler" / "scheduler_config.json", original.scheduler)
+    _save_json(painter / "model_index.json", dict(_model_index(original)))
+    for name, config in original.text_encoders.items():
+        save_tokenizer(painter / name.replace("text_encoder", "tokenizer"), config)
+    save_tokenizer(looker, segmenter.config["text_config"])
+    _save_json(looker / "preprocessor_config.json", IMAGE_PROCESSOR)
     unfinished.replace(folder)
+
+
+def _save_network(part: Part, folder: Path, dtype: torch.dtype, seed: int) -> None:
+    model = skeleton(part).to(dtype).to_empty(device="cpu")
+    fill(model, seed).save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -171,6 +302,9 @@ def fill(model: nn.Module, seed: int) -> Any:
             parameter.fill_(1)
         else:
             parameter.normal_(std=SPREAD, generator=generator)
+    for _, buffer in model.named_buffers():
+        if buffer.is_floating_point():  # positions, which are made without a memory, too
+            buffer.normal_(std=SPREAD, generator=generator)
     return model
 
 
@@ -201,21 +335,25 @@ def save_tokenizer(folder: Path, text_config: Mapping[str, Any]) -> None:
     _save_json(folder / "tokenizer_config.json", config)
 
 
-def _model_index() -> Config:
+def _model_index(original: Original) -> Iterator[tuple[str, Any]]:
+    """What model_index.json says, entry by entry; what pipelines of the Hub have and we do not."""
     import diffusers
 
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+    yield "_class_name", original.pipeline
+    yield "_diffusers_version", diffusers.__version__
+    yield "scheduler", ["diffusers", original.scheduler["_class_name"]]
+    for name, part in original.parts.items():
+        yield name, [part.library, part.name]
+    for name in original.text_encoders:
+        yield name.replace("text_encoder", "tokenizer"), ["transformers", "CLIPTokenizer"]
+    absent = {
+        "StableDiffusionPipeline": ("safety_checker", "feature_extractor"),
+        "StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3"),
     }
+    for name in absent.get(original.pipeline, ()):
+        yield name, [None, None]
+    if original.pipeline == "StableDiffusionPipeline":
+        yield "requires_safety_checker", False
 
 
 def _load_json(path: Path) -> Config:

@@ -1,74 +1,129 @@
-"""The benchmark's models are Stable Diffusion v1-4 and CLIPSeg in size, and run as they do."""
+"""The benchmark's models are the originals in size, and run as they do."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.architecture import FULL, Architecture, parameters, save, skeletons
-from benchmarks.speed import measure
+from benchmarks.architecture import (
+    ORIGINALS,
+    SEGMENTER,
+    Original,
+    Part,
+    parameters,
+    save,
+    skeleton,
+)
+from benchmarks.speed import MODELS, measure, table, verdict
 from hub import check
-from kinds import MODEL, SEGMENTER
+from kinds import MODEL
+from kinds import SEGMENTER as CLIPSEG
 from loaders import load_clipseg, load_pipeline
 from settings import Tempering
 
-# All of the original, in small.
-NARROW: Architecture = {
-    "unet": {**FULL["unet"], "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64},
-    "vae": {**FULL["vae"], "block_out_channels": (32, 32, 32, 32)},
-    "text_encoder": {
-        **FULL["text_encoder"],
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
+# What makes the originals small; all the rest stays as it is.
+NARROW_CLIP = {
+    "hidden_size": 64,
+    "projection_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+NARROW: dict[str, dict[str, dict[str, Any]]] = {
+    "v1-4": {"unet": {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}},
+    "xl": {
+        "unet": {
+            "block_out_channels": (32, 64, 64),
+            "attention_head_dim": (2, 4, 4),
+            "cross_attention_dim": 128,
+            "transformer_layers_per_block": (1, 1, 1),
+            "projection_class_embeddings_input_dim": 6 * 256 + 64,
+        }
     },
-    "clipseg": {
-        **FULL["clipseg"],
+    "3.5-medium": {
+        "transformer": {
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 128,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 128,
+            "pos_embed_max_size": 64,
+            "dual_attention_layers": (0,),
+        }
+    },
+}
+NARROW_SEGMENTER = Part(
+    SEGMENTER.library,
+    SEGMENTER.name,
+    {
+        **SEGMENTER.config,
         "projection_dim": 32,
         "text_config": {
-            **FULL["clipseg"]["text_config"],
+            **SEGMENTER.config["text_config"],
             "hidden_size": 32,
             "num_hidden_layers": 2,
             "intermediate_size": 64,
         },
         "vision_config": {
-            **FULL["clipseg"]["vision_config"],
+            **SEGMENTER.config["vision_config"],
             "hidden_size": 48,
             "intermediate_size": 96,
         },
     },
-}
+)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("narrow") / "models"
-    save(folder, NARROW)
+def narrow(model: str) -> Original:
+    original = ORIGINALS[model]
+    changes: dict[str, dict[str, Any]] = {
+        "vae": {"block_out_channels": (32, 32, 32, 32)},
+        **dict.fromkeys(original.text_encoders, NARROW_CLIP),
+        **NARROW[model],
+    }
+    parts = {
+        name: replace(part, config={**part.config, **changes[name]})
+        for name, part in original.parts.items()
+    }
+    return replace(original, parts=parts)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("narrow") / request.param
+    save(folder, narrow(request.param), NARROW_SEGMENTER)
     return folder
 
 
-def test_every_model_has_as_many_parameters_as_the_original() -> None:
-    """Counted in the files of CompVis/stable-diffusion-v1-4 and CIDAS/clipseg-rd64-refined."""
-    assert {name: parameters(model) for name, model in skeletons().items()} == {
-        "unet": 859_520_964,
-        "vae": 83_653_863,
-        "text_encoder": 123_060_480,
-        "clipseg": 150_747_746,
-    }
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("v1-4", [859_520_964, 83_653_863, 123_060_480]),
+        ("xl", [2_567_463_684, 83_653_863, 123_060_480, 694_659_840]),
+        ("3.5-medium", [2_243_171_520, 83_819_683, 123_650_304, 694_659_840]),
+    ],
+)
+def test_every_part_has_as_many_parameters_as_the_original(model: str, sizes: list[int]) -> None:
+    """Of v1-4 and CLIPSeg counted in their files; of the others what is published of them."""
+    parts = ORIGINALS[model].parts.values()
+    assert [parameters(skeleton(part)) for part in parts] == sizes
+    assert parameters(skeleton(SEGMENTER)) == 150_747_746
 
 
 def test_what_is_saved_is_loaded_by_name_and_reads_text_as_the_original_does(folder: Path) -> None:
     painter, segmenter = str(folder / "stable-diffusion"), str(folder / "clipseg")
     check(painter, MODEL)
-    check(segmenter, SEGMENTER)
-    pipe: Any = load_pipeline(painter, scheduler="pndm", device="cpu")
-    assert dict(pipe.scheduler.config)["steps_offset"] == 1
+    check(segmenter, CLIPSEG)
+    pipe: Any = load_pipeline(painter, device="cpu")
+    assert type(pipe).__name__ == ORIGINALS[folder.name].pipeline
     clipseg = load_clipseg(segmenter, device="cpu")
     assert clipseg.processor.image_processor.size["height"] == 352
-    for tokenizer in (pipe.tokenizer, clipseg.processor.tokenizer):
+    tokenizers = [pipe.tokenizer, clipseg.processor.tokenizer]
+    tokenizers += [pipe.tokenizer_2] if hasattr(pipe, "tokenizer_2") else []
+    for tokenizer in tokenizers:
         assert len(tokenizer) == 49408
         ids = tokenizer("a black dog", padding="max_length").input_ids
         assert len(ids) == 77
@@ -77,8 +132,9 @@ def test_what_is_saved_is_loaded_by_name_and_reads_text_as_the_original_does(fol
         assert tokenizer.decode(ids, skip_special_tokens=True) == "a black dog"
 
 
+@pytest.mark.parametrize("folder", ["3.5-medium"], indirect=True)  # it has all there is
 def test_the_weights_are_the_same_each_time(folder: Path, tmp_path: Path) -> None:
-    save(tmp_path / "again", NARROW)
+    save(tmp_path / "again", narrow(folder.name), NARROW_SEGMENTER)
     for path in folder.rglob("*.safetensors"):
         again = tmp_path / "again" / path.relative_to(folder)
         assert path.read_bytes() == again.read_bytes()
@@ -88,8 +144,15 @@ def test_a_measurement_accounts_for_every_call(folder: Path) -> None:
     settings = Tempering(steps=4, stoptime=3, backsteps=1, rounds=1, height=64, width=64)
     found = measure("tempering", folder, settings)
     calls = {name: part.calls for name, part in found.parts.items()}
-    # CLIPSeg: the prompts' text, then one picture through its tower and its decoder.
-    assert calls == {"unet": 5, "vae": 2, "text_encoder": 2, "clipseg": 3}
+    # CLIPSeg: the prompts' text, then one picture through its tower and its decoder. XL has zeros
+    # in place of a negative prompt that was not given.
+    texts = {"v1-4": 2, "xl": 2, "3.5-medium": 4}[folder.name]
+    assert calls == {"denoiser": 5, "vae": 2, "text_encoder": texts, "clipseg": 3}
     assert all(part.seconds >= part.median > 0 for part in found.parts.values())
     assert 0 < found.rest < 1
     assert found.peak > 10**8
+    theirs = measure("diffusers, bf16", folder, settings)
+    assert theirs.parts["denoiser"].calls == 4 + (folder.name == "v1-4")  # PNDM's one more
+    ours = replace(found, dtype=theirs.dtype)
+    assert "| diffusers, bf16 | bfloat16 |" in table([theirs, ours])
+    assert f"{ours.peak / theirs.peak:.3f} times diffusers'" in verdict([theirs, ours])

@@ -168,33 +168,29 @@ def test_loras_are_told_in_the_results_and_repeated(
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "words", "fault"),
+    [
+        ("flux", (), "is FLUX (FluxPipeline), not Stable Diffusion 1, 2, XL or 3"),
+        ("bare", ("--scheduler", "ddim"), "unipc with Stable Diffusion 3, got 'ddim'"),
+        ("bare", ("--height", "40"), "multiples of 16 pixels with Stable Diffusion 3, got 40"),
+        ("sdxl", ("--lora", "./x"), "--lora must be a .safetensors file"),
+    ],
+)
 def test_what_a_family_does_not_admit_is_one_line_and_code_2(
-    tiny_folders: dict[str, Path], tmp_path: Path
+    family: str,
+    words: tuple[str, ...],
+    fault: str,
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     flux = Path(shutil.copytree(tiny_folders["bare"], tmp_path / "flux"))
     (flux / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    for words, fault in {
-        (
-            "--model",
-            str(flux),
-        ): f"but {str(flux)!r} is FLUX (FluxPipeline), not Stable Diffusion 1,",
-        (
-            "--model",
-            str(tiny_folders["bare"]),
-            "--scheduler",
-            "ddim",
-        ): "with Stable Diffusion 3, got",
-        (
-            "--model",
-            str(tiny_folders["sdxl"]),
-            "--lora",
-            "./x",
-        ): "--lora must be a .safetensors file",
-    }.items():
-        done = call(PAINT, *words, "--output", str(tmp_path), *FEW)
-        assert (done.code, done.out) == (2, "")
-        assert fault in done.err
-        assert done.err.count("\n") == 1
+    model = str({**tiny_folders, "flux": flux}[family])
+    done = call(PAINT, "--model", model, *words, "--output", str(tmp_path), *FEW)
+    assert (done.code, done.out) == (2, "")
+    assert fault in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_t5_is_neither_fetched_nor_loaded_by_choice(

@@ -15,6 +15,7 @@ import diffusers
 import pytest
 import tiny
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
 from originals import single_file
@@ -320,6 +321,10 @@ def test_a_model_that_was_distilled_to_lcm_has_its_scheduler(tmp_path: Path) -> 
             "got 'pndm'",
         ),
         (
+            {"sizes": (None, 520)},
+            "sizes must be multiples of 16 pixels with Stable Diffusion 3, got 520",
+        ),
+        (
             {"prediction_type": "epsilon"},
             "--prediction_type must not be given with Stable Diffusion 3, got 'epsilon'",
         ),
@@ -337,6 +342,18 @@ def test_what_a_family_does_not_admit_is_refused_before_it_loads(
     with pytest.raises(InputError) as raised:
         load_pipeline(folder, **options)
     assert str(raised.value) == fault
+
+
+def test_a_model_on_edms_schedule_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folders["sdxl"], tmp_path / "playground"))
+    EDMDPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    named = {**index, "scheduler": ["diffusers", "EDMDPMSolverMultistepScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(named))
+    with pytest.raises(
+        InputError, match=r"schedule must be .*, got EDMDPMSolverMultistepScheduler"
+    ):
+        load_pipeline(folder, device="cpu")
 
 
 @pytest.mark.parametrize(

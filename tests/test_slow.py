@@ -1,6 +1,7 @@
-"""Stable Diffusion v1-4's full architecture, with random weights, through the whole program.
+"""The full architectures, with random weights, through the whole program.
 
-5 GB of disk, 8 GB of memory and some minutes: `python -m pytest -m slow`.
+8 GB of disk, 12 GB of memory and half an hour: `python -m pytest -m slow`, or a model of
+benchmarks/architecture.py alone, `-m slow -k xl`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
 import loaders
-from benchmarks.architecture import save
+from benchmarks.architecture import ORIGINALS, save
+from benchmarks.speed import MEMORY_GOAL, MODELS, alone, measure, verdict
 from families import family_of
 from loaders import load_pipeline
 from sampling import Sampler
@@ -36,11 +38,13 @@ SIDE = 256
 Pixels = NDArray[np.uint8]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that holds the full models; pytest would keep its 5 GB for three runs."""
-    folder = tmp_path_factory.mktemp("full") / "models"
-    save(folder)
+@pytest.fixture(scope="module", params=MODELS)
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """The folder that holds a full model and CLIPSeg; pytest would keep its GB for three runs."""
+    folder = tmp_path_factory.mktemp("full") / request.param
+    save(folder, ORIGINALS[request.param])
     yield folder
     shutil.rmtree(folder)
 
@@ -68,6 +72,7 @@ def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: P
     assert (run / "classes.png").is_file()
     assert (run / "sheet.png").is_file()
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert facts["pipeline"] == ORIGINALS[models.name].pipeline
     assert facts["unet_calls"] == 3
     # What is not finite is null in JSON.
     for matrix in (facts["interrupted"]["class_matrix"], facts["tempered"]["class_matrix"]):
@@ -76,6 +81,7 @@ def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: P
 
 @torch.no_grad()
 def test_the_plain_branch_is_diffusers_picture_to_the_bit(models: Path) -> None:
+    """In the dtype of the files."""
     settings = Tempering(steps=3, stoptime=3, backsteps=0, rounds=1, height=128, width=128)
     ours = plain_picture(models, settings)
     theirs = diffusers_picture(models, settings)
@@ -83,10 +89,21 @@ def test_the_plain_branch_is_diffusers_picture_to_the_bit(models: Path) -> None:
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_the_program_takes_hardly_more_memory_than_diffusers(models: Path) -> None:
+    settings = Tempering(steps=2, stoptime=1, backsteps=1, rounds=1, height=512, width=512)
+    variants = ("diffusers, bf16", "tempering")
+    theirs, ours = (alone(measure, variant, models, settings) for variant in variants)
+    assert ours.dtype == theirs.dtype == "bfloat16"  # what a processor that has it does by itself
+    assert ours.peak <= MEMORY_GOAL * theirs.peak, verdict([theirs, ours])
+
+
 def plain_picture(models: Path, settings: Tempering) -> Pixels:
-    folder = str(models / "stable-diffusion")
+    original = ORIGINALS[models.name]
     # The scheduler that the model comes with.
-    pipe: Any = load_pipeline(folder, scheduler="pndm", device="cpu", dtype="fp32")
+    scheduler = "pndm" if "PNDM" in original.scheduler["_class_name"] else "euler"
+    pipe: Any = load_pipeline(
+        models / "stable-diffusion", scheduler=scheduler, device="cpu", dtype=original.dtype
+    )
     sampler = Sampler(family_of(pipe), [settings.joiner.join(PROMPTS)], settings)
     branches = sampler.start([7])
     sampler.denoise(branches, settings.steps)
@@ -94,13 +111,17 @@ def plain_picture(models: Path, settings: Tempering) -> Pixels:
 
 
 def diffusers_picture(models: Path, settings: Tempering) -> Pixels:
-    """What diffusers makes of the same folder, with nothing of this program."""
-    pipe: Any = StableDiffusionPipeline.from_pretrained(models / "stable-diffusion")
+    """What diffusers makes of the same folder, with nothing of this program but the guidance."""
+    original = ORIGINALS[models.name]
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, original.dtype)}
+    if original.pipeline == "StableDiffusion3Pipeline":
+        options |= {"text_encoder_3": None, "tokenizer_3": None}
+    pipe: Any = DiffusionPipeline.from_pretrained(models / "stable-diffusion", **options)
     pipe.set_progress_bar_config(disable=True)
     image = pipe(
         settings.joiner.join(PROMPTS),
         num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
+        guidance_scale=family_of(pipe).guidance_scale,
         height=settings.height,
         width=settings.width,
         generator=torch.Generator().manual_seed(7),

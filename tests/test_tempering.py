@@ -22,6 +22,7 @@ from pictures import diffusers_picture, farthest, told_level
 from PIL import Image
 
 from errors import InputError
+from families import networks_of
 from loaders import FLOW_SCHEDULERS, load_pipeline
 from sampling import Sampler
 from segmentation import ClipSeg, View
@@ -415,6 +416,33 @@ def test_offloading_changes_nothing(clipseg: ClipSeg, preview: str) -> None:
     found = temper(offloaded, clipseg, PROMPTS, settings)
     assert farthest(found.image, expected.image) <= 1
     assert farthest(found.interrupted.image, expected.interrupted.image) <= 1
+
+
+@pytest.mark.parametrize("preview", ["vae", "linear"])
+def test_every_family_is_annealed(
+    own_pipe: DiffusionPipeline, clipseg: ClipSeg, preview: str
+) -> None:
+    settings = replace(EARLY, early_accept=1e9, width=48, height=32, preview=preview)
+    reported: list[int] = []
+    result = temper(
+        own_pipe, clipseg, PROMPTS, settings, seed=7, compare=True, progress=reported.append
+    )
+    assert [each.step for each in result.rounds] == [settings.stoptime] * settings.rounds
+    assert result.interrupted.image.size == result.image.size == (48, 32)
+    assert sum(reported) == result.unet_calls
+    assert result.plain is not None
+    assert farthest(result.plain, diffusers_picture(own_pipe, JOINED, settings, 7)) <= 1
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_offloading_changes_nothing_in_any_family(clipseg: ClipSeg, family: str) -> None:
+    settings = Tempering(steps=3, stoptime=2, backsteps=1, rounds=1)
+    expected = temper(tiny.shared(family), clipseg, PROMPTS, settings)
+    offloaded = tiny.FAMILIES[family]()
+    for part in networks_of(offloaded).values():
+        cpu_offload(part, "cpu")
+    found = temper(offloaded, clipseg, PROMPTS, settings)
+    assert farthest(found.image, expected.image) <= 1
 
 
 def test_the_linear_preview_has_the_colours_of_the_vaes(
