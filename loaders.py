@@ -169,7 +169,11 @@ def _pipeline(
             parts |= _networks(source, precision, but=parts)
         else:
             parts |= _lent(layout.lacking(shapes_of(source) or {}), configuration, precision)
-        pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
+        try:
+            pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
+        except Exception:
+            _name_gaps(source, configuration)
+            raise
         if source.is_file() and "text_encoder_3" in layout.parts:
             # diffusers leaves the second name of T5's embeddings on "meta", and its dropout on.
             pipe.text_encoder_3.tie_weights()
@@ -429,17 +433,35 @@ def _load(cls: Any, source: Path, configuration: Path, **options: Any) -> Any:
 
 def _networks(folder: Path, precision: torch.dtype, but: Container[str]) -> dict[str, Any]:
     """The networks that a diffusers folder's model_index.json names, `but` for some."""
+    return {
+        name: _network(cls, name, folder / name, folder / name, precision)
+        for name, cls in _classes(folder).items()
+        if name not in but
+    }
+
+
+def _classes(folder: Path) -> dict[str, Any]:
+    """The classes of the parts with weights that a diffusers folder's model_index.json names."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     classes = {
         name: getattr(import_module(entry[0]), entry[1])
         for name, entry in index.items()
-        if name not in but and isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
+        if isinstance(entry, list) and entry[0] in ("diffusers", "transformers")
     }
-    return {
-        name: _network(cls, name, folder / name, folder / name, precision)
-        for name, cls in classes.items()
-        if hasattr(cls, "named_parameters")
-    }
+    return {name: cls for name, cls in classes.items() if hasattr(cls, "named_parameters")}
+
+
+def _name_gaps(source: Path, configuration: Path) -> None:
+    """Raise ValueError for the first network that a single file does not hold whole.
+
+    A pipeline says only that something does not fit. Its networks, each by itself, say what.
+    """
+    for name, cls in _classes(configuration).items():
+        if source.is_file() and hasattr(cls, "from_single_file"):
+            try:
+                _check_whole(name, _load(cls, source, configuration / name))
+            except Exception as error:
+                raise ValueError(f"of the {name}: {one_line(error)}") from error
 
 
 def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[str, Any]:
@@ -454,9 +476,9 @@ def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[st
 def _network(cls: Any, part: str, source: Path, configuration: Path, precision: torch.dtype) -> Any:
     """One network from a folder or a single file. Raises ValueError where it is not whole."""
     if source.is_file():
-        network = _load(cls, source, configuration, torch_dtype=precision)
+        network = _load(cls, source, configuration)  # a dtype would be the end of one with gaps
         _check_whole(part, network)
-        return network
+        return network.to(precision)
     # What has another shape would otherwise end the loading, uncounted, in words of a library.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     network, report = _load(cls, source, configuration, torch_dtype=precision, **options)

@@ -206,6 +206,25 @@ def test_single_file_needs_the_configuration_once(
     assert needed in said["answer"]["text"]
 
 
+@pytest.mark.parametrize(
+    ("part", "prefix"), [("unet", "model.diffusion_model."), ("vae", "first_stage_model.")]
+)
+def test_a_single_file_with_gaps_names_the_part_that_has_them(
+    part: str, prefix: str, pocket: StableDiffusionPipeline, hub: Hub, tmp_path: Path
+) -> None:
+    whole = single_file(pocket)
+    gone = [name for name in sorted(whole) if name.startswith(prefix)][5]
+    original = tmp_path / "mine.safetensors"
+    save_file(without([gone])(whole), original)
+    said = child("answer = load_pipeline(sys.argv[1])", hub.environment(tmp_path), original)
+    text = said["answer"]["text"]
+    assert text.startswith("weights of mine.safetensors are corrupt or do not fit: ")
+    assert f": 1 tensors of the {part} are missing" in text
+    if part == "vae":
+        with pytest.raises(ModelError, match="1 tensors of the vae are missing"):
+            load_pipeline(POCKET, vae=original)
+
+
 # Families, each as a folder and as a single file.
 
 
