@@ -99,7 +99,8 @@ def run(request: Request) -> None:
             models.close()
             seen = list(dict.fromkeys([*begun.painted[share], *mine]))
             judge_all(models, records, rank, names, begun, seen, alone[share])
-            conclude(records, names, alone, request.title, facts)
+            expected = len(alone) if processes > 1 else 0
+            conclude(records, names, expected, request.title, facts)
 
 
 def seeds_of(request: Request) -> range:
@@ -285,22 +286,25 @@ def judge_all(
 # --- The end.
 
 
-def conclude(
-    records: Records, names: Sequence[str], alone: Sequence[Single], title: str, facts: Row
-) -> None:
-    """The summary, where no other process still has cycles to paint or to judge."""
+def conclude(records: Records, names: Sequence[str], singles: int, title: str, facts: Row) -> None:
+    """The summary, where no other process still has cycles to paint or to judge.
+
+    `singles` is how many pictures of single subjects other processes, too, will have noted then.
+    """
     rows = dict(records.rows())
     for row in rows.values():
         check_one_model(records.folder, origin_of(row)[:2], (facts["model"], facts["dtype"]))
     painted = [key for key in records.keys if key in rows and records.has_files(key)]
-    judged = judging.verdicts(records)
-    if len(painted) == len(records.keys) and set(names) <= judged.said.keys():
-        summarise(records, rows, judged, title, facts)
-    else:
-        say(
-            f"{count(painted, records)} are finished, other processes paint or judge the rest; if "
-            f"one of them is gone, go on with: {command('--resume', records.folder)}"
-        )
+    if len(painted) == len(records.keys):
+        judged = judging.verdicts(records)
+        calibrated = judged.calibration.pictures if judged.calibration else 0
+        if set(names) <= judged.said.keys() and calibrated >= singles:
+            summarise(records, rows, judged, title, facts)
+            return
+    say(
+        f"{count(painted, records)} are finished, other processes paint or judge the rest; if one "
+        f"of them is gone, go on with: {command('--resume', records.folder)}"
+    )
 
 
 @contextmanager

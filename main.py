@@ -410,10 +410,13 @@ def to_request(args: argparse.Namespace) -> Request:
     if args.prompts_file and not args.evaluate:
         raise InputError("--prompts_file is for --evaluate, got it without")
     asked = asked_set(args)
-    args.prompts = None if asked else args.prompts or list(PROMPTS)
+    if asked:
+        args.prompts = None
+    elif args.prompts is None:
+        args.prompts = list(PROMPTS)
     values = {**vars(args), **asdict(settings), "lora": tuple(args.lora)}
     request = Request(
-        prompts=tuple(args.prompts or asked[0].subjects),
+        prompts=tuple(asked[0].subjects if asked else args.prompts),
         settings=settings,
         models=Models(**{field.name: values[field.name] for field in fields(Models)}),
         seed=args.seed,

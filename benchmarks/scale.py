@@ -137,7 +137,7 @@ def measured(step: str, folder: Path, ranks: int) -> dict[str, Any]:
     else:
         facts = outputs.read_json(folder / "run.json")
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            evaluation.conclude(records, ["pocket"], [], request.title, facts)
+            evaluation.conclude(records, ["pocket"], 0, request.title, facts)
         found["page, MB"] = round((folder / "report.html").stat().st_size / 1e6, 1)
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

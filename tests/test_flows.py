@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from PIL import Image
 
 import main
 import outputs
+from errors import ResourceError
 from hub import CLIPSEG
 from kinds import STABLE_DIFFUSION
 from metrics import Paired, PictureMetrics, picture_metrics, scatter, summarise
@@ -497,6 +498,14 @@ class Interrupted:
 MANY = 12  # so many cycles that the signal comes long before the last one
 
 
+def wait_for_rows(process: subprocess.Popen[str], output: Path, files: int = 1) -> None:
+    """Wait until so many processes have finished a cycle."""
+    until = time.monotonic() + PATIENCE
+    while sum(file.stat().st_size > 0 for file in output.glob("*/cycles*.jsonl")) < files:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+
+
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     """An evaluation that got SIGINT when its first cycle was on the disk."""
@@ -504,10 +513,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
         pytest.skip("Windows has no SIGINT for one process")
     output = tmp_path_factory.mktemp("my runs")  # a space, as folders of users have
     process = start(MEASURE, *FEW, "--cycles", str(MANY), "--output", str(output))
-    until = time.monotonic() + PATIENCE
-    while not any(file.stat().st_size for file in output.glob("*/cycles.jsonl")):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.005)
+    wait_for_rows(process, output)
     process.send_signal(signal.SIGINT)
     done = finish(process)
     folder = next(output.iterdir())
@@ -530,6 +536,22 @@ def test_ctrl_c_keeps_the_finished_cycles_and_says_how_to_go_on(interrupted: Int
     assert kept.startswith(f"kept {interrupted.kept} of {MANY} cycles; go on with: python init.py ")
     assert rest == ["interrupted"]
     assert [path for path in interrupted.folder.iterdir() if path.suffix == ".tmp"] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_ends_a_job_ends_it_as_ctrl_c_does(name: str, tmp_path: Path) -> None:
+    """As docker, slurm, torchrun and a closed terminal send it: maybe several times."""
+    process = start(MEASURE, *FEW, "--cycles", str(MANY), "--output", str(tmp_path))
+    wait_for_rows(process, tmp_path)
+    for _ in range(3):
+        process.send_signal(getattr(signal, name))
+    done = finish(process)
+    folder = next(tmp_path.iterdir())
+    kept = len(rows_of(folder))
+    words = f"kept {kept} of {MANY} cycles; go on with: python init.py --resume {folder}"
+    assert (done.code, done.err) == (130, f"{words}\ninterrupted\n")
+    assert [path for path in folder.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_way_to_go_on_can_be_pasted(interrupted: Interrupted) -> None:
@@ -665,7 +687,154 @@ def test_an_evaluation_goes_on_after_a_full_disk(
     assert_summary_agrees(folder, 3)
 
 
+def painted(done: Done) -> int:
+    return sum(line.startswith("cycle ") for line in done.out.splitlines())
+
+
+def lost(path: Path) -> None:
+    path.unlink()
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def one_bit_off(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:99] + bytes([data[99] ^ 1]) + data[100:])
+
+
+@pytest.mark.parametrize("seed", [2024, 2024 + MANY - 1], ids=["on the sheet", "beyond the sheet"])
+@pytest.mark.parametrize("damage", [lost, emptied, cut_short, one_bit_off])
+def test_a_picture_that_was_lost_or_damaged_is_painted_again(
+    damage: Callable[[Path], None], seed: int, resumed: Done, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(resumed.folder, tmp_path / "copied")
+    damage(folder / f"{seed}-tempered.png")
+    done = call("--resume", str(folder))
+    assert (done.code, done.err, painted(done)) == (0, "", 1)
+    assert_same_bytes(folder, resumed.folder, tuple(pictures_of(range(2024, 2024 + MANY))))
+    assert {row["seed"]: row for row in figures(rows_of(folder))} == {
+        row["seed"]: row for row in figures(rows_of(resumed.folder))
+    }
+
+
+@pytest.mark.parametrize("key", ["seed", "plain", "tempered", "unet_calls", "model"])
+def test_a_row_that_lacks_something_is_made_again(key: str, copied: Path, evaluation: Done) -> None:
+    rows = rows_of(copied)
+    del rows[2][key]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (copied / "cycles.jsonl").write_text(text, encoding="utf-8")
+    done = call("--resume", str(copied))
+    assert (done.code, done.err, painted(done)) == (0, "", 1)
+    for name in ("summary.csv", "scatter.png"):
+        assert_same_bytes(copied, evaluation.folder, (name,))
+
+
+@pytest.mark.parametrize("content", [None, "", '{"arguments": ', "[]", '{"arguments": {"k": "x"}}'])
+def test_where_run_json_is_damaged_all_flags_given_again_go_on(
+    content: str | None, copied: Path, evaluation: Done
+) -> None:
+    lost(copied / "run.json")
+    lost(copied / "2025-plain.png")
+    if content is not None:
+        (copied / "run.json").write_text(content, encoding="utf-8")
+    alone = call("--resume", str(copied))
+    assert (alone.code, alone.out, alone.err.count("\n")) == (2, "", 1)
+    assert "all flags of the first call are given again, --evaluate among them" in alone.err
+    flags = (MEASURE, *FEW, "--cycles", str(CYCLES))
+    for other in (("--k", "3"), ("--accept", "0.1"), ("--look_guidance", "3"), ("--steps", "5")):
+        refused = call("--resume", str(copied), *flags, *other)
+        assert (refused.code, painted(refused)) == (2, 0)
+        assert "its cycles were made by others than these" in refused.err
+    done = call("--resume", str(copied), *flags)
+    assert (done.code, done.err, painted(done)) == (0, "", 1)
+    assert run_of(copied)["arguments"] == evaluation.run["arguments"]
+    assert figures(rows_of(copied))[:1] == figures(rows_of(evaluation.folder))[:1]
+
+
+def test_two_resumptions_at_once_paint_no_cycle_twice(copied: Path) -> None:
+    (copied / "cycles.jsonl").write_bytes(b"")
+    ended = [finish(each) for each in [start("--resume", str(copied)) for _ in range(2)]]
+    assert sum(map(painted, ended)) == CYCLES
+    assert 0 in [done.code for done in ended]
+    for done in ended:
+        if done.code:
+            assert done.code == 1
+            assert done.err.startswith("error: another run paints cycles in this folder: wait ")
+    assert_summary_agrees(copied, CYCLES)
+    assert [path for path in copied.iterdir() if path.name.startswith(".")] == []
+
+
+def untimed(table: list[str]) -> list[str]:
+    """Without the seconds at the end of a line."""
+    assert table
+    return [re.sub(r" +[0-9.]+$", "", line) for line in table]
+
+
+def test_a_disk_that_fills_up_at_the_sheet_costs_the_sheet_and_not_the_table(
+    evaluation: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = outputs._write
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "sheet.png":
+            raise ResourceError(f"disk full: can not write {path}; the files before it are kept")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_write", full)
+        done = call(MEASURE, *FEW, "--cycles", str(CYCLES), "--output", str(tmp_path))
+    assert done.code == 1
+    assert untimed(done.out.splitlines()[CYCLES:]) == untimed(
+        evaluation.out.splitlines()[CYCLES:-1]
+    )
+    words, error = done.err.splitlines()
+    assert words.startswith(
+        f"kept {CYCLES} of {CYCLES} cycles; go on with: python init.py --resume"
+    )
+    assert error.startswith("error: disk full: can not write ")
+
+
 # ---- Several processes ----
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_when_one_of_several_is_killed_the_others_last_words_say_how_to_go_on(
+    tmp_path: Path,
+) -> None:
+    """torchrun ends the others then."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    words = (MEASURE, *FEW, "--cycles", "40", "--output", str(tmp_path))
+    process = subprocess.Popen(
+        [*launcher, "--nproc_per_node", "2", "main.py", *words],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    wait_for_rows(process, tmp_path, files=2)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    done = finish(process)
+    folder = next(tmp_path.iterdir())
+    assert re.search(r"^kept \d+ of 40 cycles; go on with: ", done.err, re.MULTILINE)
+    assert f"go on with: python init.py --resume {folder}\ninterrupted\n" in done.err
+    resumed = call("--resume", str(folder), "--cycles", "20")
+    assert resumed.code == 0
+    assert {row["seed"] for row in rows_of(folder)} >= set(range(2024, 2044))
+
+
+def children(process: int) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+    )
+    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+    return [child for child, parent in pairs if parent == process]
 
 
 def test_two_processes_share_the_cycles(evaluation: Done, tmp_path: Path) -> None:

@@ -364,7 +364,8 @@ def run_json(folder: Path, **arguments: object) -> Path:
 NOT_TYPED: dict[str, list[object]] = {
     "steps": ["ten", 4.5, True, None, [], {}, 10**30, float("nan")],
     "k": ["much", False, None, [4], float("inf")],
-    "prompts": ["a black dog", None, 7, [], ["a black dog", 7], [[]]],
+    # Not null: that is what an evaluation of a prompt set says.
+    "prompts": ["a black dog", 7, [], ["a black dog", 7], [[]]],
     "joiner": [5, None, [" and "], "\ud800"],
     "offline": ["no", 0, None],
     "compare": ["false", 1],

@@ -156,8 +156,8 @@ def test_every_method_of_the_roster_starts_from_the_same_latents(
     given: list[Any] = []
     start = Sampler.start
 
-    def recorded(sampler: Sampler, seeds: Sequence[int]) -> Any:
-        branches = start(sampler, seeds)
+    def recorded(sampler: Sampler, seeds: Sequence[int], *rows: Any) -> Any:
+        branches = start(sampler, seeds, *rows)
         given.append(branches[0].latents / branches[0].scheduler.init_noise_sigma)
         return branches
 
