@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from segmentation import ClipSeg
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "scipy")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "scipy")
 # The settings that a tempered picture's text names; the second ones mean something in rounds only.
 OF_A_ROUND = (
     "stoptime",

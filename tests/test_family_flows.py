@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline
-from loopback import Hub, hub
 from safetensors.torch import save_file
 from test_flows import (
     MEASURE,
@@ -21,16 +20,14 @@ from test_flows import (
     Done,
     assert_same_bytes,
     call,
-    finish,
     one_thread,
     parameters,
     pixels,
-    start,
 )
 
 from loras import locate
 
-__all__ = ["hub", "one_thread"]  # fixtures are used by their names
+__all__ = ["one_thread"]  # a fixture is used by its name
 
 FEW = ("--steps", "4", "--rounds", "1", "--seed", "3", "--clipseg", "pocket", "--offline")
 ON_CPU = ("--device", "cpu", "--dtype", "fp32")
@@ -193,27 +190,8 @@ def test_what_a_family_does_not_admit_is_one_line_and_code_2(
     assert done.err.count("\n") == 1
 
 
-def test_t5_is_neither_fetched_nor_loaded_by_choice(
-    hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    hub.repositories["ours/sd3"] = {
-        path.relative_to(tiny_folders["sd3"]).as_posix(): path.read_bytes()
-        for path in tiny_folders["sd3"].rglob("*")
-        if path.is_file()
-    }
-    flags = (
-        "--model",
-        "ours/sd3",
-        "--clipseg",
-        "pocket",
-        "--no-t5",
-        "--steps",
-        "2",
-        "--rounds",
-        "1",
-    )
-    output = ("--device", "cpu", "--output", str(tmp_path / "outputs"))
-    done = finish(start(PAINT, *flags, *output, env=hub.environment(tmp_path / "home")))
-    assert done.code == 0, done.err
-    assert done.run["text_encoders"] == ["text_encoder", "text_encoder_2"]
-    assert not [path for path in hub.downloads() if "_3/" in path]
+def test_t5_is_left_out_by_the_flag(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    painted = paint(tiny_folders["sd3"], tmp_path, "--no-t5")
+    assert painted.run["text_encoders"] == ["text_encoder", "text_encoder_2"]
+    again = call(PAINT, "--repeat", str(painted.folder / "run.json"), "--output", str(tmp_path))
+    assert again.run["text_encoders"] == ["text_encoder", "text_encoder_2"]
