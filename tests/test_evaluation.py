@@ -35,6 +35,7 @@ from judging import SINGLES, chosen, noted, singles, verdicts
 from painting import Batch, fitting, groups
 from prompts import Prompt
 from report import SIDES
+from settings import Request
 from tempering import Painter
 
 REPOSITORY = Path(main.__file__).parent
@@ -484,13 +485,37 @@ def test_nobody_judges_where_nobody_is_asked_to(file: Path, tmp_path: Path) -> N
     assert "No judge has seen" in (done.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_pockets_judge_judges_the_pockets_own_prompts() -> None:
-    known, other = Prompt(("a cat", "a dog"), " and "), Prompt(("a zebra",), " and ")
-    assert chosen(None, "pocket", [known]) == ["pocket"]
-    assert chosen(None, "pocket", [known, other]) == []
-    assert chosen(None, "CompVis/stable-diffusion-v1-4", [known]) == []
-    assert chosen(["none"], "pocket", [known]) == []
-    assert chosen(["owlv2", "pocket"], "anything", [known]) == ["owlv2", "pocket"]
+def requested(*words: str) -> Request:
+    return main.to_request(main.parse([*FEW, *words]))
+
+
+def test_the_pockets_judge_judges_what_is_the_pockets_own() -> None:
+    assert chosen(requested(), "pocket") == ["pocket"]
+    assert chosen(requested("--width", "64"), "pocket") == ["pocket"]
+    assert chosen(requested("--prompts", "a cat", "a zebra"), "pocket") == []
+    assert chosen(requested("--width", "96"), "pocket") == []
+    assert chosen(requested(), "CompVis/stable-diffusion-v1-4") == []
+    assert chosen(requested("--judge", "none"), "pocket") == []
+    both = requested("--judge", "owlv2", "pocket")
+    assert chosen(both, "anything") == ["owlv2", "pocket"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--prompts", "a zebra"), "--judge pocket knows the pocket's subjects alone: "),
+        (("--prompts", "a red dog", "a dog"), "--judge pocket needs different subjects in a "),
+        (("--width", "96"), "--judge pocket needs pictures of 64 pixels, the pocket's size, got "),
+    ],
+)
+def test_what_a_judge_does_not_know_is_told_before_anything_is_loaded(
+    words: tuple[str, ...], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "open_session", None)
+    done = call(*FEW, *words, "--judge", "pocket", "--output", str(tmp_path))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {line}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verdicts_follow_from_the_notes_on_disk(whole: Done, file: Path) -> None:
