@@ -24,6 +24,7 @@ import torch
 from loopback import Hub, closed_url, files_of
 from pictures import farthest
 from PIL import Image
+from tqdm import tqdm
 
 import evaluation
 import main
@@ -311,6 +312,45 @@ def test_a_batch_by_free_memory() -> None:
     assert Batch(7, torch.device("cpu")).size == 7
 
 
+class Memory:
+    """A GPU of 4000 bytes, of which a picture takes 700 for a while."""
+
+    taken = 1000
+    peak = 0
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.peak = self.taken
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.taken
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.peak
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 4000 - self.taken, 4000
+
+
+def test_the_first_picture_says_how_many_fit_beside_each_other() -> None:
+    memory, sizes = Memory(), list[int]()
+
+    class Painting:
+        def temper(self, seeds: Sequence[int], **_: Any) -> list[int]:
+            sizes.append(len(seeds))
+            memory.peak = memory.taken + 700 * len(seeds)
+            if memory.peak > 4000:
+                raise RuntimeError("out of memory")
+            return list(seeds)
+
+    batch = Batch(None, torch.device("cpu"))
+    batch._memory = memory
+    waiting = [(0, seed) for seed in range(10)]
+    painter: Any = Painting()
+    while waiting:
+        waiting = waiting[len(batch.paint(painter, waiting, tqdm(disable=True))) :]
+    assert sizes == [1, 3, 3, 3]  # four fifths of 3000 bytes hold three of 700
+
+
 def test_batches_are_of_one_joiner_and_number_of_subjects_and_lose_nothing(tmp_path: Path) -> None:
     asked = prompts.load("attend-and-excite", " and ")
     asked += prompts.load("three-subjects", " and ")
@@ -453,6 +493,7 @@ def test_any_number_of_processes_takes_up_the_rest(copied: Path, whole: Done) ->
     assert sorted(shares) == [1, 2]  # the rest is shared, not what each would have had
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with GPUs it starts them all")
 def test_a_launcher_that_starts_one_process_for_two_is_told_which_one_does_not(
     tmp_path: Path,
 ) -> None:
