@@ -73,6 +73,7 @@ class Models:
 
 def run(request: Request) -> None:
     """Paint and judge what is not yet on disk, then the summary; it goes to stdout too."""
+    judging.check(request)
     state = shared_state(request)
     rank, processes = (state.process_index, state.num_processes) if state else (0, 1)
     share = slice(rank, None, processes)
@@ -92,7 +93,7 @@ def run(request: Request) -> None:
                 if request.prompt_set:
                     text = prompts.write(request.prompt_set, request.settings.joiner)
                     outputs.save_text(records.folder / prompts.KEPT, text)
-            names = judging.chosen(request.judges, facts["model"], records.prompts)
+            names = judging.chosen(request, facts["model"])
             paint_all(models, records, rank, mine)
             alone = judging.singles(records, names)
             paint_singles(models, alone[share])

@@ -470,8 +470,13 @@ class PocketJudge(Judge):
         return asdict(said)
 
 
-def check_pocket(prompts: Sequence[Prompt]) -> None:
-    """Raise InputError for what the pocket's judge does not know."""
+def check_pocket(prompts: Sequence[Prompt], sizes: Sequence[int | None]) -> None:
+    """Raise InputError for what the pocket's judge does not know: other subjects, other `sizes`."""
+    if any(size not in (None, pocket.SIDE) for size in sizes):
+        raise InputError(
+            f"--judge pocket needs pictures of {pocket.SIDE} pixels, the pocket's size, got "
+            f"{' and '.join(map(str, sizes))}"
+        )
     for prompt in prompts:
         try:
             nouns = [parse(each) for each in prompt.subjects]

@@ -25,7 +25,7 @@ from judges import (
     verdict,
 )
 from prompts import Prompt
-from settings import NOBODY
+from settings import NOBODY, Request
 
 SINGLES = 48  # pictures of one subject each that OWLv2 is calibrated on
 FOLDER = "singles"  # where they are
@@ -50,21 +50,25 @@ class Single:
         return self.noun, self.seed
 
 
-def chosen(asked: Sequence[str] | None, model: str, prompts: Sequence[Prompt]) -> list[str]:
-    """The judges of an evaluation; by itself the pocket's, where model and prompts are its own.
+def check(request: Request) -> None:
+    """Raise InputError for what a judge who was asked for can not judge."""
+    if "pocket" in (request.judges or ()):
+        check_pocket(request.all_prompts, sizes(request))
 
-    Raises InputError for prompts that a judge who was asked for does not know.
-    """
-    if asked is not None:
-        names = [name for name in asked if name != NOBODY]
-        if "pocket" in names:
-            check_pocket(prompts)
-        return names
+
+def chosen(request: Request, model: str) -> list[str]:
+    """The judges of an evaluation; by itself the pocket's, where all it shows is the pocket's."""
+    if request.judges is not None:
+        return [name for name in request.judges if name != NOBODY]
     try:
-        check_pocket(prompts)
+        check_pocket(request.all_prompts, sizes(request))
     except InputError:
         return []
     return ["pocket"] if model == POCKET else []
+
+
+def sizes(request: Request) -> tuple[int | None, int | None]:
+    return request.settings.height, request.settings.width
 
 
 def singles(records: Records, judges: Sequence[str]) -> list[Single]:

@@ -300,7 +300,6 @@ def _eye(repo: str, class_name: str, device: torch.device, offline: bool) -> Eye
         model = getattr(transformers, class_name)
         network = _network(model, class_name, source, source, torch.float32)
         processor = transformers.AutoProcessor.from_pretrained(source, local_files_only=True)
-        _check_words(processor.tokenizer, network.config.text_config)
     with memory_errors():
         return Eye(network.to(device).eval(), processor)
 

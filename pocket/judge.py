@@ -29,6 +29,7 @@ from pocket.judgenet import JudgeNet
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
+SIDE = 64  # pixels of a picture
 
 BACKGROUND, HYBRID = 0, len(SUBJECTS) + 1
 NATURAL, NO_COLOUR = len(COLOUR_NAMES), 255
@@ -122,7 +123,7 @@ class Judge:
 
     def judge(self, images: Pixels, nouns: Sequence[Sequence[Noun]]) -> list[Verdict]:
         """One verdict a picture: `images` (N, 64, 64, 3) uint8, `nouns` of its N prompt lists."""
-        if images.shape[1:] != (64, 64, 3) or images.dtype != np.uint8:
+        if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
             raise ValueError(
                 f"the judge needs uint8 images (N, 64, 64, 3), got {images.dtype} {images.shape}"
             )

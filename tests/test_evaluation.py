@@ -24,6 +24,7 @@ import torch
 from loopback import Hub, closed_url, files_of
 from pictures import farthest
 from PIL import Image
+from tqdm import tqdm
 
 import evaluation
 import main
@@ -35,6 +36,7 @@ from judging import SINGLES, chosen, noted, singles, verdicts
 from painting import Batch, fitting, groups
 from prompts import Prompt
 from report import SIDES
+from settings import Request
 from tempering import Painter
 
 REPOSITORY = Path(main.__file__).parent
@@ -310,6 +312,45 @@ def test_a_batch_by_free_memory() -> None:
     assert Batch(7, torch.device("cpu")).size == 7
 
 
+class Memory:
+    """A GPU of 4000 bytes, of which a picture takes 700 for a while."""
+
+    taken = 1000
+    peak = 0
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.peak = self.taken
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.taken
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.peak
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 4000 - self.taken, 4000
+
+
+def test_the_first_picture_says_how_many_fit_beside_each_other() -> None:
+    memory, sizes = Memory(), list[int]()
+
+    class Painting:
+        def temper(self, seeds: Sequence[int], **_: Any) -> list[int]:
+            sizes.append(len(seeds))
+            memory.peak = memory.taken + 700 * len(seeds)
+            if memory.peak > 4000:
+                raise RuntimeError("out of memory")
+            return list(seeds)
+
+    batch = Batch(None, torch.device("cpu"))
+    batch._memory = memory
+    waiting = [(0, seed) for seed in range(10)]
+    painter: Any = Painting()
+    while waiting:
+        waiting = waiting[len(batch.paint(painter, waiting, tqdm(disable=True))) :]
+    assert sizes == [1, 3, 3, 3]  # four fifths of 3000 bytes hold three of 700
+
+
 def test_batches_are_of_one_joiner_and_number_of_subjects_and_lose_nothing(tmp_path: Path) -> None:
     asked = prompts.load("attend-and-excite", " and ")
     asked += prompts.load("three-subjects", " and ")
@@ -452,6 +493,7 @@ def test_any_number_of_processes_takes_up_the_rest(copied: Path, whole: Done) ->
     assert sorted(shares) == [1, 2]  # the rest is shared, not what each would have had
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with GPUs it starts them all")
 def test_a_launcher_that_starts_one_process_for_two_is_told_which_one_does_not(
     tmp_path: Path,
 ) -> None:
@@ -484,13 +526,37 @@ def test_nobody_judges_where_nobody_is_asked_to(file: Path, tmp_path: Path) -> N
     assert "No judge has seen" in (done.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_pockets_judge_judges_the_pockets_own_prompts() -> None:
-    known, other = Prompt(("a cat", "a dog"), " and "), Prompt(("a zebra",), " and ")
-    assert chosen(None, "pocket", [known]) == ["pocket"]
-    assert chosen(None, "pocket", [known, other]) == []
-    assert chosen(None, "CompVis/stable-diffusion-v1-4", [known]) == []
-    assert chosen(["none"], "pocket", [known]) == []
-    assert chosen(["owlv2", "pocket"], "anything", [known]) == ["owlv2", "pocket"]
+def requested(*words: str) -> Request:
+    return main.to_request(main.parse([*FEW, *words]))
+
+
+def test_the_pockets_judge_judges_what_is_the_pockets_own() -> None:
+    assert chosen(requested(), "pocket") == ["pocket"]
+    assert chosen(requested("--width", "64"), "pocket") == ["pocket"]
+    assert chosen(requested("--prompts", "a cat", "a zebra"), "pocket") == []
+    assert chosen(requested("--width", "96"), "pocket") == []
+    assert chosen(requested(), "CompVis/stable-diffusion-v1-4") == []
+    assert chosen(requested("--judge", "none"), "pocket") == []
+    both = requested("--judge", "owlv2", "pocket")
+    assert chosen(both, "anything") == ["owlv2", "pocket"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--prompts", "a zebra"), "--judge pocket knows the pocket's subjects alone: "),
+        (("--prompts", "a red dog", "a dog"), "--judge pocket needs different subjects in a "),
+        (("--width", "96"), "--judge pocket needs pictures of 64 pixels, the pocket's size, got "),
+    ],
+)
+def test_what_a_judge_does_not_know_is_told_before_anything_is_loaded(
+    words: tuple[str, ...], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "open_session", None)
+    done = call(*FEW, *words, "--judge", "pocket", "--output", str(tmp_path))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"error: {line}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verdicts_follow_from_the_notes_on_disk(whole: Done, file: Path) -> None:

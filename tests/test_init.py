@@ -437,6 +437,7 @@ def test_requirements_name_every_package_that_the_program_imports() -> None:
     required = init.required_modules(REPOSITORY / "requirements.txt")
     known = {module.split(".")[0] for module in required} | set(sys.stdlib_module_names)
     own = {file.stem for file in REPOSITORY.glob("*.py")}
+    own |= {folder.parent.name for folder in REPOSITORY.glob("*/__init__.py")}
     for file in REPOSITORY.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

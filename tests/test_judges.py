@@ -47,6 +47,7 @@ from judges import (
 )
 from pocket.judge import load_judge
 from prompts import Prompt
+from settings import JUDGES
 
 PAIR = Prompt(("a black dog", "a toy robot"), " and ")
 CATS = Prompt(("a cat", "a dog"), " and ")
@@ -310,9 +311,15 @@ def test_the_pockets_faults_are_told_by_name(fault: str) -> None:
 def test_the_pockets_judge_refuses_what_it_does_not_know(
     subjects: tuple[str, ...], fault: str
 ) -> None:
-    check_pocket([PAIR])
+    check_pocket([PAIR], (None, 64))
     with pytest.raises(InputError, match=fault):
-        check_pocket([PAIR, Prompt(subjects, " and ")])
+        check_pocket([PAIR, Prompt(subjects, " and ")], (None, None))
+    with pytest.raises(InputError, match=r"needs pictures of 64 pixels, .* got 64 and 96"):
+        check_pocket([PAIR], (64, 96))
+
+
+def test_every_judge_that_can_be_asked_for_has_its_words() -> None:
+    assert set(JUDGES) == set(judges.FAULTS) == set(judges.FIGURES) == set(judges.REMARKS)
 
 
 # --- The eyes: models as their makers ask them.
