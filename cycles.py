@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -20,6 +20,9 @@ from typing import Any
 from PIL import Image
 
 import outputs
+from budget import Energies
+from calibration import energies_of
+from errors import InputError
 from prompts import Prompt
 
 Row = dict[str, Any]
@@ -27,6 +30,7 @@ Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
+SAMPLE = 128  # of the plain pictures, whose energies tell what the budget pays for
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
 
@@ -80,6 +84,25 @@ class Records:
     def has_files(self, key: Key) -> bool:
         """Whether both pictures are there; whoever painted them knows whether they are sound."""
         return all(self.picture_file(key, name).is_file() for name in PICTURES)
+
+    @property
+    def sample(self) -> list[Key]:
+        """The cycles whose plain pictures tell which energies there are, from all over the plan."""
+        count = min(len(self.keys), SAMPLE)
+        return [self.keys[i * len(self.keys) // count] for i in range(count)]
+
+    def energies_file(self, rank: int) -> Path:
+        """Where the process of this rank keeps the energies of the sample."""
+        return self.folder / f"energies{suffix(rank)}.jsonl"
+
+    def energies(self) -> dict[Key, Energies]:
+        """What is known of the sample's energies; of a cycle that two have seen, the first."""
+        known: dict[Key, Energies] = {}
+        for file in _files(self.folder, "energies"):
+            for row in outputs.each_json_line(file):
+                with suppress(InputError, KeyError, TypeError):
+                    known.setdefault(key_of(row), energies_of(row["energies"]))
+        return known
 
     def notes_file(self, judge: str, rank: int) -> Path:
         """Where the process of this rank keeps what a judge notes."""

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+import calibration
 import cycles
 import judging
 import outputs
@@ -32,10 +33,11 @@ from cycles import PICTURES, Key, Records, Row
 from errors import InputError, TemperingError
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
-from painting import Batch, free_memory, paint, plain
+from painting import Batch, free_memory, paint, plain, watch
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
+from tempering import Watched
 
 Decided = TypeVar("Decided")
 # What run.json tells of a run that can not be known without its models.
@@ -94,7 +96,7 @@ def run(request: Request) -> None:
                     text = prompts.write(request.prompt_set, request.settings.joiner)
                     outputs.save_text(records.folder / prompts.KEPT, text)
             names = judging.chosen(request, facts["model"])
-            paint_all(models, records, rank, mine)
+            facts = {**facts, "thresholds": paint_all(models, records, rank, mine, facts)}
             alone = judging.singles(records, names)
             paint_singles(models, alone[share])
             models.close()
@@ -224,16 +226,60 @@ def made_by(session: Session) -> Row:
 # --- Painting and judging.
 
 
-def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key]) -> None:
-    """Paint this process's cycles; a row each, as it finishes."""
+def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key], facts: Row) -> Row:
+    """Paint this process's cycles; a row each, as it finishes. The thresholds of all of them."""
     if not mine:
-        return
+        return facts["thresholds"]
     session = models.open()
-    origin = made_by(session)
     batch = Batch(models.request.batch, session.painter.sampler.family.device)
-    for row in paint(session, records, mine, batch):
+    begun: dict[Key, Watched] = {}
+    if needs_sample(session, records):
+        begun = watch_sample(session, records, rank, mine, batch)
+        session = session.calibrated(calibration.load(records.folder / calibration.FILE))
+    thresholds = session.thresholds
+    if rank == 0:
+        outputs.save_json(records.folder / "run.json", {**facts, "thresholds": thresholds})
+    origin = made_by(session)
+    for row in paint(session, records, mine, batch, begun):
         outputs.append_json_line(records.rows_file(rank), {**row, **origin})
         tqdm.write(cycle_line(row))
+    return thresholds
+
+
+def needs_sample(session: Session, records: Records) -> bool:
+    """Whether an evaluation must find its own thresholds, and has the pictures for it."""
+    request, settings = session.request, session.painter.settings
+    given = request.limits or request.calibration
+    by_hand = None not in (request.settings.accept, request.settings.early_accept)
+    enough = len(records.keys) >= calibration.FEWEST
+    return settings.annealed and enough and not given and not by_hand
+
+
+def watch_sample(
+    session: Session, records: Records, rank: int, mine: Sequence[Key], batch: Batch
+) -> dict[Key, Watched]:
+    """See that the sample of energies is on disk; the plain pictures that are begun for it.
+
+    Processes share it without waiting for each other: each begins with its own cycles, and takes up
+    what nobody has seen by then. Whoever is first writes the sample down for all.
+    """
+    file = records.folder / calibration.FILE
+    with suppress(InputError):  # none yet, or damaged
+        calibration.load(file)
+        return {}
+    known, own = records.energies(), set(mine)
+    missing = [key for key in records.sample if key not in known]
+    begun = dict(watch(session, records, rank, [k for k in missing if k in own], batch))
+    for key in missing:
+        if key not in records.energies():
+            list(watch(session, records, rank, [key], batch))
+    try:
+        calibration.load(file)
+    except InputError:
+        known = records.energies()
+        energies = tuple(known[key] for key in records.sample)
+        calibration.save(file, calibration.Sample(session.origin, energies))
+    return begun
 
 
 def paint_singles(models: Models, alone: Sequence[Single]) -> None:

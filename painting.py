@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -22,11 +23,24 @@ from cycles import Key, Records, Row
 from errors import ResourceError, memory_errors
 from metrics import picture_metrics
 from session import Session
-from tempering import Painter, Result, View
+from tempering import Painter, Result, View, Watched
 
+Made = TypeVar("Made")
 PROMPTS = 16  # whose text is in memory at once
 MOST = 32  # pictures of a batch that is chosen by free memory: a GPU is busy with far fewer
 SHARE = 0.8  # of the free memory that they may take
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A cycle, and where its painter has its text."""
+
+    key: Key
+    row: int
+
+    @property
+    def seed(self) -> int:
+        return self.key[1]
 
 
 class Batch:
@@ -43,8 +57,10 @@ class Batch:
         memory = getattr(torch, device.type, None)
         self._memory = memory if asked is None and hasattr(memory, "mem_get_info") else None
 
-    def paint(self, painter: Painter, cycles: Sequence[tuple[int, int]], bar: tqdm) -> list[Result]:
-        """The first of `cycles`, each a row of the painter and a seed: as many as fit.
+    def first(
+        self, cycles: Sequence[Cycle], work: Callable[[Sequence[Cycle]], list[Made]]
+    ) -> list[Made]:
+        """What `work` makes of the first of `cycles`, of each one thing: of as many as fit.
 
         Raises ResourceError where there is not the memory for one.
         """
@@ -52,7 +68,7 @@ class Batch:
             part = cycles[: self.size]
             try:
                 with memory_errors():
-                    return self._measured(painter, part, bar)
+                    return self._measured(part, work)
             except ResourceError:
                 if len(part) == 1:
                     raise
@@ -61,21 +77,20 @@ class Batch:
             free_memory(self.device)
 
     def _measured(
-        self, painter: Painter, part: Sequence[tuple[int, int]], bar: tqdm
-    ) -> list[Result]:
+        self, part: Sequence[Cycle], work: Callable[[Sequence[Cycle]], list[Made]]
+    ) -> list[Made]:
         memory = self._memory
         before = 0
         if memory:
             memory.reset_peak_memory_stats(self.device)
             before = memory.memory_allocated(self.device)
-        rows, seeds = zip(*part, strict=True)
-        results = painter.temper(seeds, rows=rows, compare=True, progress=bar.update)
+        made = work(part)
         if memory:
             taken = memory.max_memory_allocated(self.device) - before
             free_memory(self.device)
             self.size = fitting(memory.mem_get_info(self.device)[0], taken)
             self._memory = None
-        return results
+        return made
 
 
 def fitting(free: int, taken: int) -> int:
@@ -91,34 +106,88 @@ def free_memory(device: torch.device) -> None:
         empty()
 
 
-def paint(session: Session, records: Records, mine: Sequence[Key], batch: Batch) -> Iterator[Row]:
+def watch(
+    session: Session, records: Records, rank: int, keys: Sequence[Key], batch: Batch
+) -> Iterator[tuple[Key, Watched]]:
+    """The plain pictures of cycles up to their last look; what each looks like is on disk by then."""
+    file = records.energies_file(rank)
+    with tqdm(desc="energies", total=len(keys), unit="picture", disable=None) as bar:
+        for group in groups(records, keys):
+            painter, waiting = painter_of(session, records, group)
+            while waiting:
+                made = batch.first(waiting, partial(watched_by, painter))
+                done, waiting = waiting[: len(made)], waiting[len(made) :]
+                for cycle, each in zip(done, made, strict=True):
+                    (number, seed), energies = cycle.key, painter.energies(each)
+                    row = {"prompt": number, "seed": seed, "energies": energies}
+                    outputs.append_json_line(file, row)
+                    yield cycle.key, each
+                bar.update(len(done))
+
+
+def paint(
+    session: Session,
+    records: Records,
+    mine: Sequence[Key],
+    batch: Batch,
+    begun: dict[Key, Watched],
+) -> Iterator[Row]:
     """Paint cycles plain and tempered from one shared prefix; yields a row a cycle.
 
-    Its pictures are on disk by then. The bar is over U-Net calls; how many there will be is known
+    Its pictures are on disk by then. `begun` holds the plain pictures that `watch` has taken to
+    their last look; they come first. The bar is over U-Net calls; how many there will be is known
     from the cycles that are finished.
     """
     finished = 0
+    fresh = [key for key in mine if key not in begun]
     with tqdm(desc="U-Net", unit="call", disable=None) as bar:
-        for group in groups(records, mine):
-            numbers = list(dict.fromkeys(number for number, _ in group))
-            prompts = [records.prompts[number - 1] for number in numbers]
-            painter = session.painter_of([each.subjects for each in prompts], prompts[0].joiner)
-            waiting = [(numbers.index(number), seed) for number, seed in group]
+        # Watched ones in the groups that they were watched in: their text has the same rows again.
+        for group in [*groups(records, list(begun)), *groups(records, fresh)]:
+            painter, waiting = painter_of(session, records, group)
             while waiting:
-                begun = time.perf_counter()
-                results = batch.paint(painter, waiting, bar)
+                started = time.perf_counter()
+                results = batch.first(waiting, partial(tempered_by, painter, begun, bar))
                 done, waiting = waiting[: len(results)], waiting[len(results) :]
-                keys = [(numbers[row], seed) for row, seed in done]
                 views = [
-                    looks(painter, row, each) for (row, _), each in zip(done, results, strict=True)
+                    looks(painter, cycle.row, each)
+                    for cycle, each in zip(done, results, strict=True)
                 ]
-                for key, seen in zip(keys, views, strict=True):
-                    save(session, records, key, seen)
+                for cycle, seen in zip(done, views, strict=True):
+                    begun.pop(cycle.key, None)
+                    save(session, records, cycle.key, seen)
                 finished += len(done)
                 bar.total = round(bar.n / finished * len(mine))
-                seconds = (time.perf_counter() - begun) / len(done)
-                for key, result, seen in zip(keys, results, views, strict=True):
-                    yield row_of(records, key, result, seen, seconds)
+                seconds = (time.perf_counter() - started) / len(done)
+                for cycle, result, seen in zip(done, results, views, strict=True):
+                    yield row_of(records, cycle.key, result, seen, seconds)
+
+
+def painter_of(
+    session: Session, records: Records, group: Sequence[Key]
+) -> tuple[Painter, list[Cycle]]:
+    """A painter of a group's prompts, and its cycles with the rows of their text."""
+    numbers = list(dict.fromkeys(number for number, _ in group))
+    prompts = [records.prompts[number - 1] for number in numbers]
+    painter = session.painter_of([each.subjects for each in prompts], prompts[0].joiner)
+    return painter, [Cycle(key, numbers.index(key[0])) for key in group]
+
+
+def watched_by(painter: Painter, cycles: Sequence[Cycle]) -> list[Watched]:
+    return painter.watch([each.seed for each in cycles], rows=[each.row for each in cycles])
+
+
+def tempered_by(
+    painter: Painter, begun: Mapping[Key, Watched], bar: tqdm, cycles: Sequence[Cycle]
+) -> list[Result]:
+    """Both pictures of cycles that are all begun, or none of which is."""
+    known = [begun[each.key] for each in cycles if each.key in begun]
+    return painter.temper(
+        [each.seed for each in cycles],
+        rows=[each.row for each in cycles],
+        compare=True,
+        watched=known or None,
+        progress=bar.update,
+    )
 
 
 def groups(records: Records, keys: Sequence[Key]) -> Iterator[list[Key]]:

@@ -11,7 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import calibration
 import outputs
+from budget import THRESHOLDS
+from calibration import NAMES, Origin, Sample
 from errors import blaming
 from families import Reader, family_of
 from hub import POCKET
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
     from segmentation import ClipSeg
 
+POCKETS_OWN = Path(__file__).parent / "pocket" / calibration.FILE
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "scipy")
 # The settings that a tempered picture's text names; the second ones mean something in rounds only.
 OF_A_ROUND = (
@@ -44,7 +48,13 @@ OF_A_ROUND = (
     "background",
     "rounds",
 )
-OF_ROUNDS = ("accept", "temperature", "cooling", "candidates")
+OF_ROUNDS = (
+    "budget",
+    "max_cost",
+    "temperature",
+    "cooling",
+    "candidates",
+)
 LONGEST_CUT = 60  # characters of a cut prompt that a warning shows
 
 
@@ -67,10 +77,41 @@ class Session:
     def dtype(self) -> str:
         return str(self.painter.sampler.family.denoiser.dtype).removeprefix("torch.")
 
+    @property
+    def origin(self) -> Origin:
+        """What the energies of this run's pictures belong to."""
+        settings, models = self.painter.settings, self.request.models
+        height, width = self.painter.sampler.shape[2:]
+        factor = self.pipe.vae_scale_factor
+        return {
+            **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
+            "early_look": settings.looks[0],
+            "model": self.model,
+            "vae": shown(models.vae) if models.vae else None,
+            "lora": [f"{lora.name}:{lora.weight:g}" for lora in self.loras],
+            "clipseg": self.clipseg,
+            "scheduler": scheduler_of(self.pipe),
+            "height": height * factor,
+            "width": width * factor,
+        }
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The energies to stop at, by their flags; none for a single round."""
+        if not self.painter.settings.annealed:
+            return {}
+        limits = self.painter.limits
+        return dict(zip(THRESHOLDS, (limits.last, limits.early), strict=True))
+
+    def calibrated(self, sample: Sample) -> Session:
+        """The same run with thresholds that meet its budget, where they were not given."""
+        limits = self.painter.sought(sample.energies)
+        return replace(self, painter=self.painter.accepting(limits))
+
     def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
         """A painter like this run's, of other prompts."""
         settings = replace(self.painter.settings, joiner=joiner)
-        return Painter(self.pipe, self.painter.clipseg, prompts, settings)
+        return Painter(self.pipe, self.painter.clipseg, prompts, settings, self.painter.limits)
 
     def parameters(self, image: Image, seed: int, name: str, prompt: str | None = None) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
@@ -79,8 +120,9 @@ class Session:
         `image`; `prompt` is its text, where it is not that of the request.
         """
         settings = self.painter.settings
-        names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
-        method = {f"Tempering {key}": getattr(settings, key) for key in names}
+        names = (*OF_A_ROUND, *(OF_ROUNDS if settings.annealed else ()))
+        values = {name: getattr(settings, name) for name in names}
+        method = {f"Tempering {k}": v for k, v in {**values, **self.thresholds}.items()}
         tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
         hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
         return outputs.parameters_text(
@@ -117,6 +159,7 @@ class Session:
                 ],
                 "scheduler": scheduler_of(self.pipe),
             },
+            "thresholds": self.thresholds,
             "notice": self.notice,
             "model": self.model,
             "clipseg": self.clipseg,
@@ -174,15 +217,35 @@ def open_session(request: Request, device: str | None = None) -> Session:
     )
     with blaming("a tokenizer"):
         warn_of_cuts(pipe, clipseg, request)
-    painter = Painter(pipe, clipseg, [request.prompts], request.settings)
-    return Session(
+    session = Session(
         request=request,
-        painter=painter,
+        painter=Painter(pipe, clipseg, [request.prompts], request.settings),
         model=model_name(pipe),
         clipseg=shown(clipseg_name),
         loras=tuple(locate(each, offline=True) for each in models.lora),  # they are all here now
         notice="\n".join(notices) or None,
     )
+    return calibrated(session)
+
+
+def calibrated(session: Session) -> Session:
+    """A run with the thresholds of an earlier one, or those of a sample that fits it.
+
+    The sample that was asked for, else the pocket's own; with none of them the run stays as it is.
+    Raises InputError for a sample of other pictures.
+    """
+    request = session.request
+    if not session.painter.settings.annealed:
+        return session
+    if request.limits:
+        return replace(session, painter=session.painter.accepting(request.limits))
+    asked = request.calibration
+    if asked:
+        sample = calibration.load(asked)
+        sample.check(session.origin, asked)
+        return session.calibrated(sample)
+    own = calibration.load(POCKETS_OWN)
+    return session.calibrated(own) if own.origin == session.origin else session
 
 
 def lasting(name: str | None) -> str | None:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from budget import Energies
 from errors import InputError
 from prompts import Prompt
 
@@ -44,10 +45,16 @@ class Tempering:
     backsteps: int = IN_PROPORTION  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
-    rounds: int = 12  # of going back, looking and deciding; 1 goes back once, and takes what comes
-    accept: float = 0.25  # with rounds: a picture of this energy or less is good enough
+    # Costs are in plain pictures of the same sampler, counted in evaluations of the denoiser.
+    budget: float = 1.3  # with rounds: what a picture costs on average, >= 1
+    max_cost: float = 4.0  # what no picture passes, >= 1: no round begins that could
+    # Of going back, looking and deciding; None: as many as max_cost pays for; 1 goes back once, and
+    # takes what comes.
+    rounds: int | None = None
     early_look: int = IN_PROPORTION  # with rounds: a look after so many, too; >= stoptime is none
-    early_accept: float = 1.4  # with rounds: above this energy a picture goes no further than that
+    # Energies; None: what the budget pays for (budget.py).
+    accept: float | None = None  # with rounds: a picture of this energy or less is good enough
+    early_accept: float | None = None  # with rounds: above it a picture goes no further than that
     temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
     cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
     candidates: int = 1  # with rounds: pictures a round, of which the best is proposed
@@ -71,11 +78,15 @@ class Tempering:
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
-        _whole("rounds", self.rounds, 1, None)
-        _real("accept", self.accept, 0, math.inf)
+        _real("budget", self.budget, 1, math.inf)
+        _real("max_cost", self.max_cost, 1, math.inf)
+        if self.rounds is not None:
+            _whole("rounds", self.rounds, 1, None)
         self._follow_steps("early_look", self.steps)
         _whole("early_look", self.early_look, 0, None)
-        _real("early_accept", self.early_accept, 0, math.inf)
+        for name in ("accept", "early_accept"):
+            if getattr(self, name) is not None:
+                _real(name, getattr(self, name), 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
         _real("cooling", self.cooling, 0, 1)
         _whole("candidates", self.candidates, 1, None)
@@ -97,9 +108,14 @@ class Tempering:
             object.__setattr__(self, name, value)  # how a frozen dataclass completes itself
 
     @property
+    def annealed(self) -> bool:
+        """Whether what comes of a round is looked at: not so of the seed's single one."""
+        return self.rounds != 1
+
+    @property
     def looks(self) -> tuple[int, ...]:
         """The steps after which CLIPSeg looks, ascending; the last is `stoptime`."""
-        early = self.rounds > 1 and 0 < self.early_look < self.stoptime
+        early = self.annealed and 0 < self.early_look < self.stoptime
         return (self.early_look, self.stoptime) if early else (self.stoptime,)
 
 
@@ -138,6 +154,8 @@ class Request:
     set_name: str | None = None
     batch: int | None = None  # pictures that share U-Net calls; None: what the device has room for
     judges: tuple[str, ...] | None = None  # None: the one that belongs to the model
+    calibration: Path | None = None  # where a sample of energies is
+    limits: Energies | None = None  # the thresholds of the run that is repeated
     resume: Path | None = None
     blind: bool = False  # resumed by flags alone, since its run.json is damaged
 

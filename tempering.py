@@ -10,15 +10,19 @@ scheduler's own schedule for every k, and rounds of it are simulated annealing p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
+from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
+from budget import ALWAYS, UNCALIBRATED, Energies, Way, thresholds
 from errors import InputError, blaming
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
@@ -108,19 +112,28 @@ class Walk:
         """The plain picture's branch."""
         return self.branches[0]
 
+    @property
+    def spent(self) -> int:
+        """Evaluations without those that took the trunk further than to the first look."""
+        rounds = sum(each.evaluations for each in self.branches[1:])
+        return self.trunk.evaluations_until(self.first.step) + rounds
+
     def evaluations_for(self, branch: Branch) -> int:
-        """Evaluations without those that took the trunk to its end, where `branch` is another."""
-        total = sum(each.evaluations for each in self.branches)
+        """Evaluations that the finished picture of `branch` has taken."""
         if branch is self.trunk:
-            return total
-        return total - self.trunk.evaluations + self.trunk.evaluations_until(self.first.step)
+            return sum(each.evaluations for each in self.branches)
+        return self.spent
+
+
+Watched = Sequence[Walk]  # a plain picture's: how its walk begins if it is left at each look
 
 
 class Painter:
     """A pipeline and a CLIPSeg with the text of one run encoded: paints, looks and tempers.
 
     `prompts` holds the prompts of each of the B pictures of a batch, the same number for each.
-    One painter serves any number of batches, so text is encoded once. Raises InputError for prompts
+    One painter serves any number of batches, so text is encoded once. `limits` are the energies to
+    stop at, where the settings do not give them; without, a rule that needs no sample. Raises InputError for prompts
     that are missing or empty, or not as many for each picture.
     """
 
@@ -130,6 +143,7 @@ class Painter:
         clipseg: ClipSeg,
         prompts: Sequence[Sequence[str]],
         settings: Tempering = DEFAULTS,
+        limits: Energies | None = None,
     ) -> None:
         for each in prompts:
             check_prompts(each)
@@ -143,9 +157,29 @@ class Painter:
         self.clipseg = clipseg
         joined = [settings.joiner.join(each) for each in prompts]
         self.sampler = Sampler(family_of(pipe), joined, settings)
+        self.evaluations = cache(self.sampler.evaluations)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
+        self.limits = self.by_hand(limits or self.sought(UNCALIBRATED))
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
+
+    def sought(self, sample: Sequence[Energies]) -> Energies:
+        """At which energies to stop, so that pictures like those of `sample` cost the budget."""
+        settings = self.settings
+        return thresholds(tuple(sample), self.way, settings.budget, settings.max_cost)
+
+    def by_hand(self, limits: Energies) -> Energies:
+        """The thresholds `limits`, but for those that the settings give."""
+        early, last = self.settings.early_accept, self.settings.accept
+        return Energies(
+            limits.early if early is None else early, limits.last if last is None else last
+        )
+
+    def accepting(self, limits: Energies) -> Painter:
+        """The same painter with other thresholds, but for those that the settings give."""
+        other = copy(self)
+        other.limits = self.by_hand(limits)
+        return other
 
     @torch.no_grad()
     def temper(
@@ -154,18 +188,24 @@ class Painter:
         *,
         rows: Sequence[int] | None = None,
         compare: bool = False,
+        watched: Sequence[Watched] | None = None,
         progress: Progress | None = None,
     ) -> list[Result]:
         """One tempered picture for each of the seeds; the parameters are those of `temper`.
 
         `rows` says whose prompts each is of (default: one of all B in order). Every picture has a
         random generator of its own, so it does not depend on the batch that it was made in (beyond
-        floating-point rounding).
+        floating-point rounding). `watched` is what `watch` gave for the same seeds and rows, where
+        the plain pictures have come that far already.
         """
         report = progress or unheard
-        trunks = self.sampler.start(seeds, rows)
-        walks = [begun(state) for state in self.follow(trunks, report)]
-        tempered = self.anneal(walks, report) if self.settings.rounds > 1 else self.once(walks)
+        if watched is None:
+            trunks = self.sampler.start(seeds, rows)
+            walks = [begun(state) for state in self.follow(trunks, report)]
+        else:
+            walks = [self.where_left(each) for each in watched]
+            trunks = [walk.trunk for walk in walks]
+        tempered = self.anneal(walks, report) if self.settings.annealed else self.once(walks)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
         self.sampler.denoise(branches, self.settings.steps, report)
@@ -181,8 +221,8 @@ class Painter:
                 plain=images[walk.trunk] if compare else None,
                 interrupted=walk.first.view,
                 interrupted_at=walk.first.step,
-                kept=walk.kept.view if self.settings.rounds > 1 else None,
-                kept_at=walk.kept.step if self.settings.rounds > 1 else None,
+                kept=walk.kept.view if self.settings.annealed else None,
+                kept_at=walk.kept.step if self.settings.annealed else None,
                 rounds=tuple(walk.rounds),
                 seed=seed,
                 unet_calls=sum(each.evaluations for each in walk.branches),
@@ -192,21 +232,49 @@ class Painter:
             for branch, walk, seed in zip(tempered, walks, seeds, strict=True)
         ]
 
+    @torch.no_grad()
+    def watch(
+        self,
+        seeds: Sequence[int],
+        *,
+        rows: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Watched]:
+        """Plain pictures up to `stoptime`, looked at by every look, whatever they show."""
+        trunks = self.sampler.start(seeds, rows)
+        seen = []
+        for step in self.settings.looks:
+            self.sampler.denoise(trunks, step, progress or unheard)
+            seen.append([begun(state) for state in self.examine(trunks, step)])
+        return list(zip(*seen, strict=True))
+
+    def energies(self, watched: Watched) -> Energies:
+        """What a sample of energies holds of a plain picture."""
+        seen = [walk.first.view.energy for walk in watched]
+        return Energies(seen[0] if len(seen) > 1 else ALWAYS, seen[-1])
+
+    def where_left(self, watched: Watched) -> Walk:
+        """The walk of a picture from the look at which it is left."""
+        return next((each for each in watched if not self.promising(each.first)), watched[-1])
+
     def once(self, walks: Sequence[Walk]) -> list[Branch]:
         """The seed's tempering: every picture goes back once, and what comes of it is taken."""
-        return [self.propose(walk, self.settings.backsteps) for walk in walks]
+        depth = self.settings.backsteps
+        return [
+            self.propose(walk, depth) if self.pays(walk, depth) else walk.trunk for walk in walks
+        ]
 
     def anneal(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
         """The branches that are kept after all rounds, each paused at the look it came to.
 
-        A round goes back from the kept states of the pictures that are not good enough yet; the
-        others have left the batch.
+        A round goes back from the kept states of the pictures that are not good enough yet and can
+        pay for it; the others have left the batch.
         """
         settings = self.settings
-        for number in range(1, settings.rounds + 1):
+        for number in range(1, self.rounds + 1):
             depth = cooled_depth(settings.backsteps, settings.cooling, number)
-            temperature = cooled_temperature(settings.temperature, number, settings.rounds)
-            hot = [walk for walk in walks if not self.good(walk.kept)]
+            temperature = cooled_temperature(settings.temperature, number, self.rounds)
+            hot = [each for each in walks if not self.good(each.kept) and self.pays(each, depth)]
             if not hot or not depth:  # going back by no step changes nothing
                 break
             proposed = [
@@ -235,12 +303,12 @@ class Painter:
         return [found[branch] for branch in branches]
 
     def promising(self, state: State) -> bool:
-        return state.view.energy <= self.settings.early_accept
+        return state.view.energy <= self.limits.early
 
     def good(self, state: State) -> bool:
         """Whether no round is needed any more."""
-        settings = self.settings
-        return state.step == settings.stoptime and state.view.energy <= settings.accept
+        done = state.step == self.settings.stoptime
+        return done and state.view.energy <= self.limits.last
 
     def propose(self, walk: Walk, backsteps: int) -> Branch:
         """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
@@ -260,24 +328,67 @@ class Painter:
         walk.branches.append(branch)
         return branch
 
+    # --- What it costs.
+
+    @cached_property
+    def way(self) -> Way:
+        """The costs of a picture's way, for the mathematics of the budget."""
+        settings, evaluations = self.settings, self.evaluations
+        early, stop = settings.looks[0], settings.stoptime
+
+        def stretches(first: int) -> tuple[int, int]:
+            whole = evaluations(first, stop)
+            to_early = evaluations(first, early) if first < early else whole
+            return to_early, whole - to_early
+
+        return Way(
+            start=stretches(0),
+            again=stretches(max(0, early - settings.backsteps)),
+            back=stretches(stop - settings.backsteps),
+            end=evaluations(0, settings.steps) - evaluations(0, stop),
+        )
+
+    def pays(self, walk: Walk, backsteps: int) -> bool:
+        """Whether a round can not take the picture past `max_cost`, whatever comes of it."""
+        kept, end = walk.kept, self.settings.steps
+        step = max(0, kept.step - backsteps)
+        to_finish_kept = kept.branch.evaluations_until(end) - kept.branch.evaluations_until(
+            kept.step
+        )
+        dearest = max(
+            self.evaluations(step, end), self.evaluations(step, kept.step) + to_finish_kept
+        )
+        others = (self.settings.candidates - 1) * self.evaluations(step, self.settings.stoptime)
+        return walk.spent + others + dearest <= self.most
+
+    @cached_property
+    def most(self) -> int:
+        """U-Net evaluations that a tempered picture never passes."""
+        return math.floor(self.settings.max_cost * self.evaluations(0, self.settings.steps))
+
+    @cached_property
+    def rounds(self) -> int:
+        """How many rounds there are at most: as asked for, or as many as `max_cost` could pay for."""
+        settings = self.settings
+        if settings.rounds is not None:
+            return settings.rounds
+        cheapest = min(
+            self.evaluations(max(0, look - settings.backsteps), look) for look in settings.looks
+        )
+        left = self.most - self.evaluations(0, settings.steps)
+        return left // max(1, cheapest)
+
     def unet_calls(self, *, compare: bool) -> int:
         """U-Net evaluations of one tempered picture, with its plain one where `compare` is set.
 
         With several rounds this is the most that it can take.
         """
         settings = self.settings
-        early, stop, end = settings.looks[0], settings.stoptime, settings.steps
-        evaluations = self.sampler.evaluations
-        to_stop, to_the_end = evaluations(0, stop), evaluations(0, end) - evaluations(0, stop)
-        total = to_stop + to_the_end * compare
-        if settings.rounds == 1:
-            return total + evaluations(stop - settings.backsteps, end)
-        for depth, rounds in depths(settings.backsteps, settings.cooling, settings.rounds):
-            total += settings.candidates * rounds * evaluations(stop - depth, stop)
-        # A picture that is left at the early look spares the way from there to `stoptime` (not with
-        # `compare`, which paints it anyway); all candidates of one round may go it later.
-        total += (settings.candidates - 1 + compare) * (to_stop - evaluations(0, early))
-        return total + to_the_end
+        first, stop, end = settings.looks[0], settings.stoptime, settings.steps
+        whole = self.evaluations(0, end)
+        once = self.evaluations(0, stop) + self.evaluations(stop - settings.backsteps, end)
+        tempered = self.most if settings.annealed else once if once <= self.most else whole
+        return tempered + compare * (whole - self.evaluations(0, first))
 
     def examine(self, branches: Sequence[Branch], step: int) -> list[State]:
         """The states of branches that are paused after `step`, with what CLIPSeg sees in them."""
