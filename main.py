@@ -134,8 +134,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "cfg_rescale": (X, "fresh noise in tenths of what the schedule expects"),
         "budget": (
             X,
-            "what a picture may cost on average, in plain pictures: how good is good enough follows "
-            "from it",
+            "what a picture may cost on average, in plain pictures: how good is good enough "
+            "follows from it",
         ),
         "max_cost": (X, "what no picture passes, in plain pictures: no round begins that could"),
         "calibration": (
@@ -172,6 +172,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
             "3.5: 4.5)",
         ),
         "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
+        "mirror": (
+            EITHER,
+            "with rounds: CLIPSeg sees the mirror image, too, and the worse of both counts (default: "
+            "on)",
+        ),
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
             {"choices": PREVIEWS},

@@ -9,9 +9,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -26,21 +26,11 @@ from session import Session
 from tempering import Painter, Result, View, Watched
 
 Made = TypeVar("Made")
+Cycles = Sequence[tuple[int, int]]  # of each the row of its text in a painter, and its seed
+Work = Callable[[Sequence[int], Sequence[int]], list[Made]]  # of rows and seeds, of each one thing
 PROMPTS = 16  # whose text is in memory at once
 MOST = 32  # pictures of a batch that is chosen by free memory: a GPU is busy with far fewer
 SHARE = 0.8  # of the free memory that they may take
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A cycle, and where its painter has its text."""
-
-    key: Key
-    row: int
-
-    @property
-    def seed(self) -> int:
-        return self.key[1]
 
 
 class Batch:
@@ -57,13 +47,27 @@ class Batch:
         memory = getattr(torch, device.type, None)
         self._memory = memory if asked is None and hasattr(memory, "mem_get_info") else None
 
-    def first(
-        self, cycles: Sequence[Cycle], work: Callable[[Sequence[Cycle]], list[Made]]
-    ) -> list[Made]:
-        """What `work` makes of the first of `cycles`, of each one thing: of as many as fit.
+    def paint(
+        self, painter: Painter, cycles: Cycles, bar: tqdm, begun: Sequence[Watched] | None = None
+    ) -> list[Result]:
+        """The first of `cycles`: as many as fit. `begun` holds all of them, or is None.
 
         Raises ResourceError where there is not the memory for one.
         """
+
+        def work(rows: Sequence[int], seeds: Sequence[int]) -> list[Result]:
+            watched = begun and begun[: len(seeds)]
+            return painter.temper(
+                seeds, rows=rows, compare=True, watched=watched, progress=bar.update
+            )
+
+        return self._first(cycles, work)
+
+    def watch(self, painter: Painter, cycles: Cycles) -> list[Watched]:
+        """The plain pictures of the first of `cycles` up to their last look, likewise."""
+        return self._first(cycles, lambda rows, seeds: painter.watch(seeds, rows=rows))
+
+    def _first(self, cycles: Cycles, work: Work[Made]) -> list[Made]:
         while True:
             part = cycles[: self.size]
             try:
@@ -76,15 +80,14 @@ class Batch:
                 self._memory = None
             free_memory(self.device)
 
-    def _measured(
-        self, part: Sequence[Cycle], work: Callable[[Sequence[Cycle]], list[Made]]
-    ) -> list[Made]:
+    def _measured(self, part: Cycles, work: Work[Made]) -> list[Made]:
         memory = self._memory
         before = 0
         if memory:
             memory.reset_peak_memory_stats(self.device)
             before = memory.memory_allocated(self.device)
-        made = work(part)
+        rows, seeds = zip(*part, strict=True)
+        made = work(rows, seeds)
         if memory:
             taken = memory.max_memory_allocated(self.device) - before
             free_memory(self.device)
@@ -109,20 +112,19 @@ def free_memory(device: torch.device) -> None:
 def watch(
     session: Session, records: Records, rank: int, keys: Sequence[Key], batch: Batch
 ) -> Iterator[tuple[Key, Watched]]:
-    """The plain pictures of cycles up to their last look; what each looks like is on disk by then."""
-    file = records.energies_file(rank)
+    """The plain pictures of cycles up to their last look; the energies of each are on disk then."""
     with tqdm(desc="energies", total=len(keys), unit="picture", disable=None) as bar:
         for group in groups(records, keys):
             painter, waiting = painter_of(session, records, group)
             while waiting:
-                made = batch.first(waiting, partial(watched_by, painter))
-                done, waiting = waiting[: len(made)], waiting[len(made) :]
-                for cycle, each in zip(done, made, strict=True):
-                    (number, seed), energies = cycle.key, painter.energies(each)
-                    row = {"prompt": number, "seed": seed, "energies": energies}
-                    outputs.append_json_line(file, row)
-                    yield cycle.key, each
-                bar.update(len(done))
+                made = batch.watch(painter, waiting)
+                waiting = waiting[len(made) :]
+                for watched in made:
+                    number, seed = key = group.pop(0)
+                    row = {"prompt": number, "seed": seed, "energies": painter.energies(watched)}
+                    outputs.append_json_line(records.energies_file(rank), row)
+                    bar.update()
+                    yield key, watched
 
 
 def paint(
@@ -130,64 +132,46 @@ def paint(
     records: Records,
     mine: Sequence[Key],
     batch: Batch,
-    begun: dict[Key, Watched],
+    begun: Mapping[Key, Watched] = MappingProxyType({}),
 ) -> Iterator[Row]:
     """Paint cycles plain and tempered from one shared prefix; yields a row a cycle.
 
-    Its pictures are on disk by then. `begun` holds the plain pictures that `watch` has taken to
-    their last look; they come first. The bar is over U-Net calls; how many there will be is known
-    from the cycles that are finished.
+    Its pictures are on disk by then. `begun` holds plain pictures that `watch` has taken to their
+    last look; they come first. The bar is over U-Net calls; how many there will be is known from
+    the cycles that are finished.
     """
     finished = 0
     fresh = [key for key in mine if key not in begun]
     with tqdm(desc="U-Net", unit="call", disable=None) as bar:
-        # Watched ones in the groups that they were watched in: their text has the same rows again.
+        # What is begun in the groups in which it was: in a painter's text it has the same rows.
         for group in [*groups(records, list(begun)), *groups(records, fresh)]:
             painter, waiting = painter_of(session, records, group)
             while waiting:
                 started = time.perf_counter()
-                results = batch.first(waiting, partial(tempered_by, painter, begun, bar))
+                watched = [begun[key] for key in group if key in begun]
+                results = batch.paint(painter, waiting, bar, watched or None)
                 done, waiting = waiting[: len(results)], waiting[len(results) :]
+                keys, group = group[: len(done)], group[len(done) :]
                 views = [
-                    looks(painter, cycle.row, each)
-                    for cycle, each in zip(done, results, strict=True)
+                    looks(painter, row, each) for (row, _), each in zip(done, results, strict=True)
                 ]
-                for cycle, seen in zip(done, views, strict=True):
-                    begun.pop(cycle.key, None)
-                    save(session, records, cycle.key, seen)
+                for key, seen in zip(keys, views, strict=True):
+                    save(session, records, key, seen)
                 finished += len(done)
                 bar.total = round(bar.n / finished * len(mine))
                 seconds = (time.perf_counter() - started) / len(done)
-                for cycle, result, seen in zip(done, results, views, strict=True):
-                    yield row_of(records, cycle.key, result, seen, seconds)
+                for key, result, seen in zip(keys, results, views, strict=True):
+                    yield row_of(records, key, result, seen, seconds)
 
 
 def painter_of(
     session: Session, records: Records, group: Sequence[Key]
-) -> tuple[Painter, list[Cycle]]:
-    """A painter of a group's prompts, and its cycles with the rows of their text."""
+) -> tuple[Painter, list[tuple[int, int]]]:
+    """A painter of a group's prompts, and its cycles: of each the row of its text, and its seed."""
     numbers = list(dict.fromkeys(number for number, _ in group))
     prompts = [records.prompts[number - 1] for number in numbers]
     painter = session.painter_of([each.subjects for each in prompts], prompts[0].joiner)
-    return painter, [Cycle(key, numbers.index(key[0])) for key in group]
-
-
-def watched_by(painter: Painter, cycles: Sequence[Cycle]) -> list[Watched]:
-    return painter.watch([each.seed for each in cycles], rows=[each.row for each in cycles])
-
-
-def tempered_by(
-    painter: Painter, begun: Mapping[Key, Watched], bar: tqdm, cycles: Sequence[Cycle]
-) -> list[Result]:
-    """Both pictures of cycles that are all begun, or none of which is."""
-    known = [begun[each.key] for each in cycles if each.key in begun]
-    return painter.temper(
-        [each.seed for each in cycles],
-        rows=[each.row for each in cycles],
-        compare=True,
-        watched=known or None,
-        progress=bar.update,
-    )
+    return painter, [(numbers.index(number), seed) for number, seed in group]
 
 
 def groups(records: Records, keys: Sequence[Key]) -> Iterator[list[Key]]:

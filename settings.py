@@ -65,6 +65,7 @@ class Tempering:
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
+    mirror: bool = True  # with rounds: whether CLIPSeg sees the mirror image, too
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
     preview: str = "vae"  # how the interrupted latents become a picture for CLIPSeg
     height: int | None = None  # pixels; None is the model's own size
@@ -96,6 +97,7 @@ class Tempering:
             _real("guidance_scale", self.guidance_scale, 0, math.inf)
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
+        _choice("mirror", self.mirror, (True, False))
         _choice("preview", self.preview, PREVIEWS)
         _text("negative_prompt", self.negative_prompt)
         _text("joiner", self.joiner)

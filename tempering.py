@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
@@ -133,8 +133,8 @@ class Painter:
 
     `prompts` holds the prompts of each of the B pictures of a batch, the same number for each.
     One painter serves any number of batches, so text is encoded once. `limits` are the energies to
-    stop at, where the settings do not give them; without, a rule that needs no sample. Raises InputError for prompts
-    that are missing or empty, or not as many for each picture.
+    stop at, where the settings do not give them; without, a rule that needs no sample. Raises
+    InputError for prompts that are missing or empty, or not as many for each picture.
     """
 
     def __init__(
@@ -352,9 +352,8 @@ class Painter:
         """Whether a round can not take the picture past `max_cost`, whatever comes of it."""
         kept, end = walk.kept, self.settings.steps
         step = max(0, kept.step - backsteps)
-        to_finish_kept = kept.branch.evaluations_until(end) - kept.branch.evaluations_until(
-            kept.step
-        )
+        until = kept.branch.evaluations_until
+        to_finish_kept = until(end) - until(kept.step)
         dearest = max(
             self.evaluations(step, end), self.evaluations(step, kept.step) + to_finish_kept
         )
@@ -368,7 +367,7 @@ class Painter:
 
     @cached_property
     def rounds(self) -> int:
-        """How many rounds there are at most: as asked for, or as many as `max_cost` could pay for."""
+        """How many rounds there are at most: as asked for, or what `max_cost` could pay for."""
         settings = self.settings
         if settings.rounds is not None:
             return settings.rounds
@@ -408,7 +407,19 @@ class Painter:
         can not tell good from bad in it.
         """
         images = self.sampler.preview(branches, guidance_scale)
-        return self.look(images, [branch.row for branch in branches])
+        rows = [branch.row for branch in branches]
+        both = self.settings.annealed and self.settings.mirror
+        return self.look_twice(images, rows) if both else self.look(images, rows)
+
+    def look_twice(
+        self, images: Sequence[Image.Image], rows: Sequence[int] | None = None
+    ) -> list[View]:
+        """The same as `look`, with an energy that knows the mirror images, too."""
+        others = self.look([ImageOps.mirror(image) for image in images], rows)
+        return [
+            replace(view, mirrored=other.probabilities)
+            for view, other in zip(self.look(images, rows), others, strict=True)
+        ]
 
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
         """CLIPSeg's view of each image; `rows` says whose prompts (default: of all B in order)."""
