@@ -30,6 +30,7 @@ NAMES = {
     "stoptime": "stoptime",
     "guidance_scale": "guidance",
     "look_guidance": "guidance of the look",
+    "mirror": "use of mirror images",
     "preview": "preview",
     "height": "height",
     "width": "width",

@@ -173,9 +173,9 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         ),
         "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
         "mirror": (
-            EITHER,
-            "with rounds: CLIPSeg sees the mirror image, too, and the worse of both counts (default: "
-            "on)",
+            {**EITHER, "default": True},
+            "with rounds: CLIPSeg sees the mirror image, too, and the worse of both counts "
+            "(default: on)",
         ),
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
@@ -499,7 +499,8 @@ def known_origin(request: Request) -> calibration.Origin:
     """What can be told of a run's energies before its models are loaded."""
     settings = request.settings
     found = {
-        name: getattr(settings, name) for name in ("steps", "stoptime", "look_guidance", "preview")
+        name: getattr(settings, name)
+        for name in ("steps", "stoptime", "look_guidance", "mirror", "preview")
     }
     if settings.guidance_scale is not None:
         found["guidance_scale"] = settings.guidance_scale

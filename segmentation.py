@@ -66,10 +66,8 @@ class View:
 
         The worse of picture and mirror image: what only one of them shows, is hardly there.
         """
-        seen = (
-            [self.probabilities] if self.mirrored is None else [self.probabilities, self.mirrored]
-        )
-        return max(map(energy, seen))
+        seen = self.probabilities, self.mirrored
+        return max(energy(each) for each in seen if each is not None)
 
 
 @torch.no_grad()

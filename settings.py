@@ -97,7 +97,8 @@ class Tempering:
             _real("guidance_scale", self.guidance_scale, 0, math.inf)
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
-        _choice("mirror", self.mirror, (True, False))
+        if not isinstance(self.mirror, bool):
+            raise InputError(f"mirror must be True or False, got {self.mirror!r}")
         _choice("preview", self.preview, PREVIEWS)
         _text("negative_prompt", self.negative_prompt)
         _text("joiner", self.joiner)
