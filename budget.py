@@ -15,6 +15,7 @@ Costs are evaluations of the denoiser; a budget is in plain pictures. Everything
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,8 +35,19 @@ class Energies(NamedTuple):
 # too. Correlation of two attempts at one picture, as measured on the pocket.
 LIKENESS = 0.1
 ALWAYS = 0.0  # as an energy at the early look where there is none: everything passes it
-# Where there is no sample: TODO
-UNCALIBRATED = (Energies(0.5, 0.1), Energies(1.4, 0.25), Energies(3, 2))
+# Where there is no sample: plain pictures of the pocket (guidance 4). The energy has no scale, so
+# other models' are not quite different.
+_POCKETS = (
+    (0.09, 0.03), (0.28, 0.05), (0.13, 0.05), (0.18, 0.06), (0.04, 0.06), (0.04, 0.06),
+    (0.24, 0.07), (0.12, 0.07), (0.14, 0.07), (0.27, 0.08), (0.16, 0.08), (0.14, 0.09),
+    (0.32, 0.09), (0.65, 0.10), (0.97, 0.10), (0.11, 0.11), (0.22, 0.11), (0.15, 0.12),
+    (0.30, 0.12), (0.41, 0.13), (0.40, 0.14), (0.15, 0.15), (0.28, 0.17), (0.65, 0.18),
+    (0.19, 0.29), (0.78, 0.36), (0.84, 0.45), (0.82, 0.72), (0.78, 0.77), (0.89, 0.79),
+    (0.72, 0.84), (0.93, 0.89),
+)  # fmt: skip
+UNCALIBRATED = tuple(Energies(*each) for each in _POCKETS)
+# Who has no sample of their own, doubts these when attempts fail that together are as unlikely to.
+DOUBT = 0.05
 CHOICES = 32  # of early thresholds that are tried
 MOST_ROUNDS = 500  # that are foretold; hardly a picture is left by then
 
@@ -88,6 +100,15 @@ def shares(sample: Sequence[Energies], limits: Energies) -> tuple[float, float]:
     promising = [energies for energies in sample if energies.early <= limits.early]
     good = sum(energies.last <= limits.last for energies in promising)
     return len(promising) / len(sample), good / len(sample)
+
+
+def patience(limits: Energies) -> int:
+    """How many attempts at one picture may fail, before thresholds without a sample are doubted.
+
+    Were the pictures like the pocket's, a good one would have come with a probability of 1 - DOUBT.
+    """
+    good = shares(UNCALIBRATED, limits)[1]
+    return math.ceil(math.log(DOUBT) / math.log(1 - good)) if 0 < good < 1 else 1
 
 
 def expected_cost(promising: float, good: float, way: Way, max_cost: float) -> float:

@@ -362,11 +362,14 @@ def stored_arguments(path: Path) -> Arguments:
 
 
 def stored_limits(path: Path) -> Energies | None:
-    """The thresholds that an earlier run has used, from its run.json; None where it had none."""
+    """The thresholds that an earlier run was given by a sample, from its run.json; else None."""
     stored = read_json(path).get("thresholds")
     reader = parser()
     try:
-        if not isinstance(stored, dict) or None in (found := [stored.get(n) for n in THRESHOLDS]):
+        if not isinstance(stored, dict) or stored.get("calibrated") is not True:
+            return None
+        found = [stored.get(name) for name in THRESHOLDS]
+        if None in found:
             return None
         last, early = (
             as_typed(reader, name, value) for name, value in zip(THRESHOLDS, found, strict=True)

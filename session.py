@@ -49,6 +49,7 @@ OF_A_ROUND = (
     "rounds",
 )
 OF_ROUNDS = (
+    *THRESHOLDS,
     "budget",
     "max_cost",
     "temperature",
@@ -96,12 +97,18 @@ class Session:
         }
 
     @property
-    def thresholds(self) -> dict[str, float]:
-        """The energies to stop at, by their flags; none for a single round."""
+    def thresholds(self) -> dict[str, float | bool]:
+        """The energies to stop at, by their flags, and whether a sample or a hand has given them.
+
+        None for a single round.
+        """
         if not self.painter.settings.annealed:
             return {}
         limits = self.painter.limits
-        return dict(zip(THRESHOLDS, (limits.last, limits.early), strict=True))
+        return {
+            **dict(zip(THRESHOLDS, (limits.last, limits.early), strict=True)),
+            "calibrated": self.painter.calibrated,
+        }
 
     def calibrated(self, sample: Sample) -> Session:
         """The same run with thresholds that meet its budget, where they were not given."""
@@ -111,7 +118,8 @@ class Session:
     def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
         """A painter like this run's, of other prompts."""
         settings = replace(self.painter.settings, joiner=joiner)
-        return Painter(self.pipe, self.painter.clipseg, prompts, settings, self.painter.limits)
+        limits = self.painter.limits if self.painter.calibrated else None
+        return Painter(self.pipe, self.painter.clipseg, prompts, settings, limits)
 
     def parameters(self, image: Image, seed: int, name: str, prompt: str | None = None) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
@@ -122,7 +130,8 @@ class Session:
         settings = self.painter.settings
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.annealed else ()))
         values = {name: getattr(settings, name) for name in names}
-        method = {f"Tempering {k}": v for k, v in {**values, **self.thresholds}.items()}
+        values |= {name: self.thresholds[name] for name in THRESHOLDS if name in names}
+        method = {f"Tempering {name}": value for name, value in values.items()}
         tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
         hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
         return outputs.parameters_text(

@@ -21,8 +21,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from annealing import cooled_depth, cooled_temperature, gamma_map, keeps, mix_noise
-from budget import ALWAYS, UNCALIBRATED, Energies, Way, thresholds
+from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
+from budget import ALWAYS, UNCALIBRATED, Energies, Way, patience, thresholds
 from errors import InputError, blaming
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
@@ -159,6 +159,7 @@ class Painter:
         self.sampler = Sampler(family_of(pipe), joined, settings)
         self.evaluations = cache(self.sampler.evaluations)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
+        self.calibrated = limits is not None or self.settings.accept is not None
         self.limits = self.by_hand(limits or self.sought(UNCALIBRATED))
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
@@ -178,6 +179,7 @@ class Painter:
     def accepting(self, limits: Energies) -> Painter:
         """The same painter with other thresholds, but for those that the settings give."""
         other = copy(self)
+        other.calibrated = True
         other.limits = self.by_hand(limits)
         return other
 
@@ -365,9 +367,12 @@ class Painter:
         """U-Net evaluations that a tempered picture never passes."""
         return math.floor(self.settings.max_cost * self.evaluations(0, self.settings.steps))
 
-    @cached_property
+    @property
     def rounds(self) -> int:
-        """How many rounds there are at most: as asked for, or what `max_cost` could pay for."""
+        """How many rounds there are at most: as asked for, or what `max_cost` could pay for.
+
+        Thresholds that no sample has given are not trusted for longer than `patience` says.
+        """
         settings = self.settings
         if settings.rounds is not None:
             return settings.rounds
@@ -375,19 +380,29 @@ class Painter:
             self.evaluations(max(0, look - settings.backsteps), look) for look in settings.looks
         )
         left = self.most - self.evaluations(0, settings.steps)
-        return left // max(1, cheapest)
+        paid = left // max(1, cheapest)
+        return paid if self.calibrated else min(paid, patience(self.limits) - 1)
 
     def unet_calls(self, *, compare: bool) -> int:
         """U-Net evaluations of one tempered picture, with its plain one where `compare` is set.
 
         With several rounds this is the most that it can take.
         """
-        settings = self.settings
-        first, stop, end = settings.looks[0], settings.stoptime, settings.steps
-        whole = self.evaluations(0, end)
-        once = self.evaluations(0, stop) + self.evaluations(stop - settings.backsteps, end)
-        tempered = self.most if settings.annealed else once if once <= self.most else whole
-        return tempered + compare * (whole - self.evaluations(0, first))
+        settings, evaluations = self.settings, self.evaluations
+        early, stop, end = settings.looks[0], settings.stoptime, settings.steps
+        to_stop, to_the_end = evaluations(0, stop), evaluations(0, end) - evaluations(0, stop)
+        beside = to_the_end * compare  # of the plain picture
+        if not settings.annealed:
+            once = to_stop + evaluations(stop - settings.backsteps, end)
+            return beside + (once if once <= self.most else evaluations(0, end))
+        total = evaluations(0, end)
+        for depth, rounds in depths(settings.backsteps, settings.cooling, self.rounds):
+            total += settings.candidates * rounds * evaluations(stop - depth, stop)
+        # A picture that is left at the early look spares the way from there to `stoptime` (not with
+        # `compare`, which paints it anyway); all candidates of one round may go it later.
+        way_on = to_stop - evaluations(0, early)
+        total = min(self.most, total + (settings.candidates - 1) * way_on)
+        return total + beside + compare * way_on
 
     def examine(self, branches: Sequence[Branch], step: int) -> list[State]:
         """The states of branches that are paused after `step`, with what CLIPSeg sees in them."""

@@ -246,7 +246,7 @@ def rounds_from(
     latents: Tensor,
     spent: float,
 ) -> Painted:
-    """A picture of which `latents` are one step before `stoptime`, tempered; `spent` until there."""
+    """A picture tempered from `latents` one step before `stoptime`; `spent` calls until there."""
     painter = models.painter([case], settings, limits)
     generator = Generator().manual_seed(case.seed + NEXT_CANDIDATE)
     trunk = painter.sampler.branch(0, settings.stoptime - 1, generator)

@@ -86,7 +86,7 @@ def test_a_judges_own_figures_are_compared() -> None:
 
 def test_the_cost_by_hand() -> None:
     everything = compare(TWO_SUBSETS)[-1]
-    assert everything.cost == Cost(20, 40, np.percentile([20, 40, 100, 20, 20], 95))
+    assert everything.cost == Cost(20, 40, 20, np.percentile([20, 40, 100, 20, 20], 95), 100)
     assert everything.cost.times == 2
     old = [dataclasses.replace(each, tempered_calls=None) for each in TWO_SUBSETS]
     assert compare(old)[-1].cost is None  # rows of evaluations that did not note it
