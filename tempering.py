@@ -164,10 +164,11 @@ class Painter:
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 
-    def sought(self, sample: Sequence[Energies]) -> Energies:
+    def sought(self, sample: Sequence[Energies], budget: float | None = None) -> Energies:
         """At which energies to stop, so that pictures like those of `sample` cost the budget."""
         settings = self.settings
-        return thresholds(tuple(sample), self.way, settings.budget, settings.max_cost)
+        budget = settings.budget if budget is None else budget
+        return thresholds(tuple(sample), self.way, budget, settings.max_cost)
 
     def by_hand(self, limits: Energies) -> Energies:
         """The thresholds `limits`, but for those that the settings give."""
