@@ -33,7 +33,7 @@ class Energies(NamedTuple):
 
 # Pictures differ in how hard they are: of one that has failed the next attempt is likelier to fail,
 # too. Correlation of two attempts at one picture, as measured on the pocket.
-LIKENESS = 0.1
+LIKENESS = 0.4
 ALWAYS = 0.0  # as an energy at the early look where there is none: everything passes it
 # Where there is no sample: plain pictures of the pocket (guidance 4). The energy has no scale, so
 # other models' are not quite different.

@@ -32,6 +32,7 @@ from budget import THRESHOLDS, Energies
 from errors import InputError, TemperingError, memory_errors
 from outputs import check_writable, read_json
 from settings import (
+    DEFAULT_MOST,
     DEFAULT_STEPS,
     DEFAULT_WAY,
     FREE_ON_RESUME,
@@ -85,7 +86,7 @@ OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
     **asdict(Models()),
-    **dict.fromkeys(DEFAULT_WAY),
+    **dict.fromkeys((*DEFAULT_WAY, "max_cost")),
     "prompts": None,
     "prompts_file": None,
     "lora": [],
@@ -137,7 +138,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
             "what a picture may cost on average, in plain pictures: how good is good enough "
             "follows from it",
         ),
-        "max_cost": (X, "what no picture passes, in plain pictures: no round begins that could"),
+        "max_cost": (
+            X,
+            "what no picture passes, in plain pictures: no round begins that could (default: "
+            f"{DEFAULT_MOST} times the budget)",
+        ),
         "calibration": (
             {**FOLDER, "metavar": "FOLDER_OR_FILE"},
             "an evaluation of the same model, CLIPSeg and sampler, or its calibration.json: its "
@@ -403,7 +408,12 @@ def as_typed(reader: Parser, name: str, value: object) -> Any:
 
 
 def follow_steps(stored: Arguments, given: Arguments) -> Arguments:
-    """The stored flags; where other steps are given, those that follow them keep their share."""
+    """The stored flags; where other steps are given, those that follow them keep their share.
+
+    What follows from the budget does not outlive another one.
+    """
+    if "budget" in given:
+        stored = {**stored, "max_cost": None}
     before, now = stored.get("steps"), given.get("steps")
     if not (before and now):
         return stored

@@ -32,6 +32,9 @@ DEFAULT_STEPS = 20
 DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
 # The default of these: it follows from the steps. Typed as the number that it becomes.
 IN_PROPORTION: Any = None
+# The default of what follows from the budget, and how many times it that is.
+OF_THE_BUDGET: Any = None
+DEFAULT_MOST = 3
 # The default of what belongs to the model's family. Typed as what it becomes once that is known.
 OF_THE_FAMILY: Any = None
 
@@ -47,7 +50,7 @@ class Tempering:
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
     # Costs are in plain pictures of the same sampler, counted in evaluations of the denoiser.
     budget: float = 1.3  # with rounds: what a picture costs on average, >= 1
-    max_cost: float = 4.0  # what no picture passes, >= 1: no round begins that could
+    max_cost: float = OF_THE_BUDGET  # what no picture passes, >= 1: no round begins that could
     # Of going back, looking and deciding; None: as many as max_cost pays for; 1 goes back once, and
     # takes what comes.
     rounds: int | None = None
@@ -80,6 +83,8 @@ class Tempering:
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
         _real("budget", self.budget, 1, math.inf)
+        if self.max_cost is OF_THE_BUDGET:
+            object.__setattr__(self, "max_cost", DEFAULT_MOST * self.budget)
         _real("max_cost", self.max_cost, 1, math.inf)
         if self.rounds is not None:
             _whole("rounds", self.rounds, 1, None)

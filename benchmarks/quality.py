@@ -51,6 +51,9 @@ POCKET = HERE.parent / "pocket" / "weights"
 SOURCES = (
     "annealing.py",
     "benchmarks/methods.py",
+    "benchmarks/peers.py",
+    "benchmarks/prompts.py",
+    "budget.py",
     "families.py",
     "metrics.py",
     "pocket/judge.py",

@@ -28,7 +28,7 @@ from benchmarks.peers import (
     particles,
     reseeded,
 )
-from settings import Tempering
+from settings import DEFAULT_MOST, Tempering
 
 PLAIN = "plain"
 # The same for all: about the best for the plain sampler on the pocket.
@@ -40,8 +40,8 @@ BUDGETS = (1.3, 2.0, 3.0, 4.5)
 
 
 def paying(budget: float) -> Tempering:
-    """Our settings at another budget; three times as much for the hardest pictures."""
-    return replace(ANNEALED, budget=budget, max_cost=max(ANNEALED.max_cost, 3 * budget))
+    """Our settings at another budget."""
+    return replace(ANNEALED, budget=budget, max_cost=DEFAULT_MOST * budget)
 
 
 def named(name: str, method: Callable[[float], Method], budgets: Sequence[float]) -> Roster:

@@ -94,7 +94,7 @@ TOPICS: dict[str, Topic] = {
     "k": varied(k=(0.25, 0.5, 1.0, 2.0, 4.0, 1e6)),
     "background": varied(background=(0.0, 0.3, 1.0)),
     "uncertainty": varied(uncertainty=("class", "pixel")),
-    "budget": varied(budget=(1.1, 1.3, 1.5, 2.0, 3.0), max_cost=(4.0, 4.0, 4.5, 6.0, 9.0)),
+    "budget": varied(budget=(1.1, 1.3, 1.5, 2.0, 3.0), max_cost=(3.3, 3.9, 4.5, 6.0, 9.0)),
     "most": varied(max_cost=(2.0, 3.0, 4.0, 6.0, 9.0)),
     "temperature": varied(temperature=(0.0, 0.1, 0.3)),
     "cooling": varied(cooling=(1.0, 0.8, 0.6)),
