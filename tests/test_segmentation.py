@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from segmentation import (
-    NONE,
     EMPTY,
+    NONE,
     OWN,
     PUREST,
     ClipSeg,
