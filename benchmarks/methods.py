@@ -8,7 +8,6 @@ every picture that best of N and tempering look at. The seconds show them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,7 +76,12 @@ class Models:
         return kind(self.pipe, self.clipseg, prompts, settings, limits)
 
     def limits(self, settings: Tempering, kind: type[Painter] = Painter) -> Energies:
-        """The energies at which to stop, by a sample of prompts that are not reported."""
+        """The energies at which to stop, by a sample of prompts that are not reported.
+
+        Of settings that give them both, there is nothing to be found.
+        """
+        if settings.accept is not None and settings.early_accept is not None:
+            return Energies(settings.early_accept, settings.accept)
         row = next(iter(development().values()))[:1]
         painter = self.painter([Case(prompt, 0) for prompt in row], settings, kind=kind)
         of_energies = {name: getattr(settings, name) for name in NAMES if hasattr(settings, name)}
@@ -134,14 +138,19 @@ def tempered(
 
 @torch.no_grad()
 def best_of_n(
-    models: Models, cases: Sequence[Case], settings: Tempering, n: int, stops: bool = True
+    models: Models,
+    cases: Sequence[Case],
+    settings: Tempering,
+    n: int,
+    accept: float | None = None,
 ) -> list[Painted]:
-    """Of `n` pictures the one of the lowest energy.
+    """Of `n` pictures the one of the lowest energy; none is painted after one of `accept` or less.
 
-    The same CLIPSeg and the same energy as the tempering's; where it `stops`, none is painted after
-    one that is good enough for the tempering.
+    The same CLIPSeg and the same energy as the tempering's, and the same `accept`, where none is
+    given.
     """
-    accept = models.limits(settings).last if stops else -math.inf
+    if accept is None:
+        accept = models.limits(settings).last
     best: list[tuple[float, Image.Image] | None] = [None] * len(cases)
     calls = [0] * len(cases)
     for number in range(n):

@@ -463,7 +463,7 @@ def gain(each: Summary) -> str:
 
 
 # A marker a curve, so that none is told by its colour alone.
-MARKS = "osD^vPX*<>hd"
+MARKS = "osD^vPX*<>hdp8Hx1+"
 
 
 def plot(pooled: Mapping[str, Summary]) -> Figure:

@@ -36,6 +36,7 @@ BARE = Tempering(guidance_scale=4.0)
 ANNEALED = Tempering(guidance_scale=4.0)
 # The seed's method: back once, no look at what came of it.
 SEEDS_OWN = Tempering(guidance_scale=4.0, stoptime=15, backsteps=5, rounds=1)
+NEVER = -1.0  # no energy is as low: all candidates are painted
 BUDGETS = (1.3, 2.0, 3.0, 4.5)
 
 
@@ -62,7 +63,7 @@ ROSTER: Roster = {
     ),
     **named("best of N, early look", lambda b: partial(reseeded, settings=paying(b)), BUDGETS),
     "best_of_n_early@1.4x": partial(best_of_n, settings=BARE, n=4),
-    "best_of_n": partial(best_of_n, settings=BARE, n=2, stops=False),
+    "best_of_n": partial(best_of_n, settings=BARE, n=2, accept=NEVER),
     **{
         f"FK steering@{n}x": partial(particles, settings=BARE, count=n, strength=10.0, growth=0.0)
         for n in (2, 3, 4)

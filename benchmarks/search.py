@@ -30,7 +30,7 @@ from benchmarks.methods import (
 from benchmarks.peers import depth_first, over_paths, particles
 from benchmarks.prompts import development
 from benchmarks.quality import POOLED, RESULTS, drawn, judged, rounded, summarise, table
-from benchmarks.roster import ANNEALED, BARE, PLAIN, SEEDS_OWN
+from benchmarks.roster import ANNEALED, BARE, NEVER, PLAIN, SEEDS_OWN
 from settings import Tempering
 
 FIRST_SEED = 900_000
@@ -100,7 +100,7 @@ TOPICS: dict[str, Topic] = {
     "cooling": varied(cooling=(1.0, 0.8, 0.6)),
     "candidates": varied(candidates=(1, 2, 3)),
     "cfg_rescale": varied(cfg_rescale=(9.0, 10.0, 11.0)),
-    "best_of_n": of(best_of_n, n=(2, 3, 4, 12), stops=(False, False, True, True)),
+    "best_of_n": of(best_of_n, n=(2, 3, 4, 12), accept=(NEVER, NEVER, None, None)),
     "FK steering": of(particles, count=(2,) * 3, strength=(5.0, 10.0, 20.0), growth=(0.0,) * 3),
     "BFS": of(particles, count=(2,) * 3, strength=(2.0, 5.0, 5.0), growth=(0.5, 0.5, 1.0)),
     "DFS": of(depth_first, ANNEALED, backtracks=(2, 4, 8, 16)),
