@@ -49,7 +49,7 @@ UNCALIBRATED = tuple(Energies(*each) for each in _POCKETS)
 # Who has no sample of their own, doubts these when attempts fail that together are as unlikely to.
 DOUBT = 0.05
 CHOICES = 32  # of early thresholds that are tried
-MOST_ROUNDS = 500  # that are foretold; hardly a picture is left by then
+MOST_ROUNDS = 64  # that are foretold: few pictures are left by then
 
 
 THRESHOLDS = ("accept", "early_accept")  # the settings that follow from a budget

@@ -229,7 +229,7 @@ def made_by(session: Session) -> Row:
 def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key], facts: Row) -> Row:
     """Paint this process's cycles; a row each, as it finishes. The thresholds of all of them."""
     if not mine:
-        return facts["thresholds"]
+        return facts.get("thresholds", {})
     session = models.open()
     batch = Batch(models.request.batch, session.painter.sampler.family.device)
     begun: dict[Key, Watched] = {}

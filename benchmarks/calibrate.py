@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import islice
 
 from tqdm import tqdm
 
@@ -45,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def energies(session: Session, count: int) -> list[Energies]:
     """Energies of `count` plain pictures of each subset of the development prompts."""
-    found = []
-    for number, prompts in enumerate(development().values()):
-        for i, prompt in enumerate(tqdm(list(islice(prompts, count)), disable=None)):
-            painter = session.painter_of([prompt.phrases], prompt.joiner)
-            seed = FIRST_SAMPLED + number * SAMPLE + i
-            found += map(painter.energies, painter.watch([seed]))
+    found: list[Energies] = []
+    for number, prompts in enumerate(tqdm(development().values(), "subsets", disable=None)):
+        phrases = [prompt.phrases for prompt in prompts[:count]]
+        painter = session.painter_of(phrases, prompts[0].joiner)
+        first = FIRST_SAMPLED + number * SAMPLE
+        found += map(painter.energies, painter.watch(range(first, first + len(phrases))))
     return found
 
 
