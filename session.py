@@ -253,8 +253,11 @@ def calibrated(session: Session) -> Session:
         sample = calibration.load(asked)
         sample.check(session.origin, asked)
         return session.calibrated(sample)
-    own = calibration.load(POCKETS_OWN)
-    return session.calibrated(own) if own.origin == session.origin else session
+    if POCKETS_OWN.is_file():  # not so where it is about to be taken for the first time
+        own = calibration.load(POCKETS_OWN)
+        if own.origin == session.origin:
+            return session.calibrated(own)
+    return session
 
 
 def lasting(name: str | None) -> str | None:

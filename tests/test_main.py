@@ -117,6 +117,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         [PAINT, "--accept", "-1"],
         "accept must be a finite number of at least 0, got -1.0",
     ),
+    "budget 0.5": (
+        [PAINT, "--budget", "0.5"],
+        "budget must be a finite number of at least 1, got 0.5",
+    ),
+    "max_cost nan": (
+        [PAINT, "--max_cost", "nan"],
+        "max_cost must be a finite number of at least 1, got nan",
+    ),
     "temperature nan": (
         [PAINT, "--temperature", "nan"],
         "temperature must be a finite number of at least 0, got nan",
