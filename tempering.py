@@ -257,8 +257,14 @@ class Painter:
         return Energies(seen[0] if len(seen) > 1 else ALWAYS, seen[-1])
 
     def where_left(self, watched: Watched) -> Walk:
-        """The walk of a picture from the look at which it is left."""
-        return next((each for each in watched if not self.promising(each.first)), watched[-1])
+        """The walk of a picture from the look at which it is left.
+
+        A copy, so that it can be begun again where memory runs out on the way.
+        """
+        unpromising = (each for each in watched if not self.promising(each.first))
+        walk = next(unpromising, watched[-1])
+        generator = walk.generator.clone_state()
+        return replace(walk, generator=generator, branches=[walk.trunk], rounds=[])
 
     def once(self, walks: Sequence[Walk]) -> list[Branch]:
         """The seed's tempering: every picture goes back once, and what comes of it is taken."""
