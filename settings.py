@@ -12,6 +12,7 @@ from typing import Any
 
 from budget import Energies
 from errors import InputError
+from layouts import LAYOUTS, Box
 from prompts import Prompt
 
 VERSION = "0.1.0"
@@ -67,6 +68,13 @@ class Tempering:
     guidance_scale: float = OF_THE_FAMILY
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
+    # joint: all subjects by one prompt; regions: each alone in its own; auto: joint, then regions
+    # for what fails, or regions at once for as many subjects as no model paints together.
+    layout: str = "auto"
+    regions: tuple[Box, ...] | None = None  # one a prompt; None: they are found
+    background_prompt: str = ""  # of what is around regions; empty: it is plain
+    window: float = 0.75  # of the picture's sides the denoiser sees around a region, 0..1
+    harmonise: int = 0  # the last steps, in which regions are denoised as one picture, 0..steps
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
     mirror: bool = True  # with rounds: whether CLIPSeg sees the mirror image, too
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
@@ -100,6 +108,16 @@ class Tempering:
         _real("background", self.background, 0, 1)
         if self.guidance_scale is not OF_THE_FAMILY:
             _real("guidance_scale", self.guidance_scale, 0, math.inf)
+        _choice("layout", self.layout, LAYOUTS)
+        _text("background_prompt", self.background_prompt)
+        _real("window", self.window, 0, 1)
+        _whole(
+            "harmonise",
+            self.harmonise,
+            0,
+            self.steps - self.stoptime,
+            " (those after the stoptime)",
+        )
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
         if not isinstance(self.mirror, bool):
