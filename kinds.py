@@ -277,7 +277,8 @@ def shapes_of(file: Path) -> Shapes | None:
         text = opened.read(length if length <= _LARGEST_HEADER else 0)
     try:
         header = json.loads(text)
-        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        return {name: [int(side) for side in each["shape"]] for name, each in tensors.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
@@ -355,6 +356,12 @@ def marked(folder: Path, kind: Kind) -> dict[str, Any]:
     file, key = kind.marker
     own = {key: _json(folder / "config.json").get("_class_name")}
     return _json(folder / file) or own
+
+
+def text_width(folder: Path) -> int | None:
+    """How wide the text is that a folder's U-Net reads, where it has one that says so."""
+    width = _json(folder / "unet" / "config.json").get("cross_attention_dim")
+    return width if isinstance(width, int) else None
 
 
 def _json(file: Path) -> dict[str, Any]:

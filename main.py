@@ -437,7 +437,7 @@ def to_request(args: argparse.Namespace) -> Request:
         resume=args.resume,
         blind=args.blind,
     )
-    check_models(request.models)
+    check_models(request.models, settings)
     check_writable(args.resume or args.output)
     return request
 
@@ -452,17 +452,22 @@ def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
     )
 
 
-def check_models(models: Models) -> None:
-    """Raise InputError for names that can not mean a model or a scheduler."""
+def check_models(models: Models, settings: Tempering) -> None:
+    """Raise InputError for names that can not mean a model or a scheduler.
+
+    Of a model on this machine for settings, too, that its family does not do.
+    """
     if models.scheduler is not None:
         loaders.scheduler_name(models.scheduler)
-    for name, kind in (
-        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
-        (models.clipseg, kinds.SEGMENTER),
-        (models.vae, kinds.VAE),
+    sizes = settings.height, settings.width
+    admit = loaders.admission(models.scheduler, models.prediction_type, sizes)
+    for name, kind, fits in (
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare, admit),
+        (models.clipseg, kinds.SEGMENTER, hub.anything),
+        (models.vae, kinds.VAE, hub.anything),
     ):
         if name is not None:
-            hub.check(name, kind)
+            hub.check(name, kind, fits)
     for lora in models.lora:
         loras.check(lora)
 
