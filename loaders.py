@@ -28,6 +28,7 @@ from kinds import (
     SEGMENTER,
     VAE,
     Layout,
+    latent_channels,
     layout_of,
     shapes_of,
 )
@@ -128,6 +129,10 @@ def load_pipeline(
     layout = layout_of(source, kind)
     configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
     vae_source = None if vae is None else hub.locate(vae, VAE, offline)
+    if vae_source is not None:
+        got, own = latent_channels(vae_source), latent_channels(configuration / "vae")
+        if got and own and got != own:
+            raise InputError(f"--vae must take latents of {own} channels, but {vae!r} takes {got}")
     found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
     for each in found_loras:
         loras.check_fit(each, layout, configuration)
