@@ -77,6 +77,7 @@ P: Options = {"type": float, "metavar": "P"}
 FOLDER: Options = {"type": Path, "metavar": "FOLDER"}
 
 # A flag has the name and the default of its setting; None is told in its own words.
+MULTIPLE = "pixels, a multiple of 8, with Stable Diffusion 3 of 16 (default: the model's)"
 OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
@@ -106,8 +107,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
-        "height": (N, "pixels, a multiple of 8 (default: the model's)"),
-        "width": (N, "pixels, a multiple of 8 (default: the model's)"),
+        "height": (N, MULTIPLE),
+        "width": (N, MULTIPLE),
     },
     "tempering": {
         "steps": (N, "denoising steps"),
