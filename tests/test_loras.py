@@ -225,14 +225,18 @@ def test_a_lora_of_another_size_is_one_line_of_the_programs_own(
         wide,
     )
     said: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = said.append  # type: ignore[method-assign]
-    logging.getLogger("diffusers").addHandler(handler)
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record)
+
+    listener = Listener()
+    logging.getLogger("diffusers").addHandler(listener)
     try:
         with pytest.raises(ModelError, match=r"^the LoRA wide does not fit sd3: [^\n]*$"):
             load_pipeline(tiny_folders["sd3"], lora=[str(wide)], device="cpu")
     finally:
-        logging.getLogger("diffusers").removeHandler(handler)
+        logging.getLogger("diffusers").removeHandler(listener)
     assert said == []
 
 
