@@ -110,8 +110,11 @@ def configuration(file: Path, kind: Kind, offline: bool) -> Path:
     return fetch(repo, replace(kind, layouts=(borrowed,), instead=instead), offline)
 
 
-def check(text: str, kind: Kind) -> None:
-    """Raise InputError where `text` can not name a model of that kind, without asking the Hub."""
+def check(text: str, kind: Kind, admit: Admit = anything) -> None:
+    """Raise InputError where `text` can not name a model of that kind, without asking the Hub.
+
+    What is a folder or a file on this machine is shown to `admit`, too.
+    """
     if text == POCKET:
         return
     try:
@@ -130,6 +133,8 @@ def check(text: str, kind: Kind) -> None:
         fault = f"can not be read ({one_line(error)})"
     if fault:
         raise InputError(f"{kind.flag} must be {kind.forms}, but {text!r} {fault}")
+    if path.exists():
+        admit(layout_of(path, kind))
 
 
 def is_id(text: str) -> bool:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from kinds import (
     SEGMENTER,
     VAE,
     Layout,
+    latent_channels,
     layout_of,
     shapes_of,
 )
@@ -113,14 +115,40 @@ def load_pipeline(
         hub.check(model, kind)
     if vae is not None:
         hub.check(vae, VAE)
-    for each in lora:
-        loras.check(each)
+    for text in lora:
+        loras.check(text)
     target = pick_device(device)
     pick_dtype(dtype, target)
     if offload is not None and offload not in OFFLOADS:
         raise InputError(f"--offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload is not None and target.type == "cpu":
         raise InputError(f"--offload needs a GPU, but this run is on the cpu, got {offload!r}")
+
+    admit = admission(scheduler, prediction_type, sizes)
+    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
+    layout = layout_of(source, kind)
+    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
+    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
+    if vae_source is not None:
+        got, own = latent_channels(vae_source), latent_channels(configuration / "vae")
+        if got and own and got != own:
+            raise InputError(f"--vae must take latents of {own} channels, but {vae!r} takes {got}")
+    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
+    for each in found_loras:
+        loras.check_fit(each, layout, configuration)
+    precision = _precision(source, dtype, target, layout.on_flows)
+    pipe = _pipeline(source, layout, configuration, vae_source, precision)
+    with _loading(source):
+        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
+        set_scheduler(pipe, scheduler or default_scheduler(pipe))
+    add_loras(pipe, found_loras)
+    return place(pipe, target, offload)
+
+
+def admission(
+    scheduler: str | None, prediction_type: str | None, sizes: Sequence[int | None]
+) -> hub.Admit:
+    """What raises InputError for a model of a family that does not do what the flags ask for."""
 
     def admit(layout: Layout) -> None:
         if scheduler is not None:
@@ -132,24 +160,20 @@ def load_pipeline(
             text = "--prediction_type must not be given with Stable Diffusion 3"
             raise InputError(f"{text}, got {prediction_type!r}")
 
-    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
-    layout = layout_of(source, kind)
-    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
-    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
-    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
-    precision = _precision(source, dtype, target, layout.on_flows)
-    pipe = _pipeline(source, layout, configuration, vae_source, precision)
-    with _loading(source):
-        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
-        set_scheduler(pipe, scheduler or default_scheduler(pipe))
-    add_loras(pipe, found_loras)
+    return admit
+
+
+def place(
+    pipe: DiffusionPipeline, device: torch.device, offload: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline on its device; of an `offload` only what runs there, a picture at a time."""
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
         if offload is None:
-            return pipe.to(target)
+            return pipe.to(device)
         pipe.vae.enable_slicing()
         pipe.vae.enable_tiling()
-        getattr(pipe, OFFLOADS[offload])(device=target)
+        getattr(pipe, OFFLOADS[offload])(device=device)
         return pipe
 
 
@@ -581,7 +605,7 @@ def _quiet() -> None:
     had_bars = not are_progress_bars_disabled()
     for library in ("transformers", "diffusers"):  # advice starts while diffusers is imported
         log = import_module(f"{library}.utils.logging")
-        log.set_verbosity_error()
+        log.set_verbosity(CRITICAL)  # errors, too: they are raised as well
         log.disable_progress_bar()
     if had_bars:  # transformers' switch turned them off as well
         enable_progress_bars()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import hub
 from errors import InputError, ModelError, one_line
-from kinds import PICKLES, WEIGHTS, Kind, Layout, is_lora, shapes_of
+from kinds import PICKLES, WEIGHTS, Kind, Layout, is_lora, shapes_of, text_width
 
 FORMS = "a .safetensors file, a folder with one, a Hub id or Hub id/file, with :WEIGHT if wanted"
 USUAL = "pytorch_lora_weights.safetensors"  # what diffusers calls the file
@@ -27,6 +27,8 @@ _PARTS = {
     "text_encoder": r"text_encoder\.|lora_te1?_",
     "text_encoder_2": r"text_encoder_2\.|lora_te2_",
 }
+# Those that change how a U-Net reads the text: (rank, width of the text, ...).
+_READING_TEXT = r".*attn2[._](processor\.)?to_[kv].*(lora_A|down)\.weight"
 LORA = Kind(
     flag="--lora",
     title="a LoRA",
@@ -101,6 +103,24 @@ def locate(text: str, offline: bool) -> Lora:
     elif not path.is_file():
         path = _fetched(name, offline)
     return Lora(_title(path), weight, path)
+
+
+def check_fit(lora: Lora, layout: Layout, configuration: Path) -> None:
+    """Raise InputError for a LoRA of another family, as far as names and shapes tell.
+
+    The model's are told by its layout, and by the folder that has its `configuration`.
+    """
+    strangers = [part for part in parts_of(lora.file) if part not in layout.parts]
+    tensors, own = shapes_of(lora.file) or {}, text_width(configuration)
+    reading = [shape for name, shape in tensors.items() if re.match(_READING_TEXT, name)]
+    widths = {shape[1] for shape in reading if len(shape) > 1}
+    if strangers:
+        fault = f"changes {' and '.join(strangers)}, which the model does not have"
+    elif own and widths - {own}:
+        fault = f"is for text of width {min(widths - {own})}, the model's is {own}"
+    else:
+        return
+    raise InputError(f"--lora must be of the model's own family, but {lora.name} {fault}")
 
 
 def parts_of(file: Path) -> list[str]:

@@ -77,6 +77,7 @@ P: Options = {"type": float, "metavar": "P"}
 FOLDER: Options = {"type": Path, "metavar": "FOLDER"}
 
 # A flag has the name and the default of its setting; None is told in its own words.
+MULTIPLE = "pixels, a multiple of 8, with Stable Diffusion 3 of 16 (default: the model's)"
 OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
@@ -106,8 +107,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
-        "height": (N, "pixels, a multiple of 8 (default: the model's)"),
-        "width": (N, "pixels, a multiple of 8 (default: the model's)"),
+        "height": (N, MULTIPLE),
+        "width": (N, MULTIPLE),
     },
     "tempering": {
         "steps": (N, "denoising steps"),
@@ -437,7 +438,7 @@ def to_request(args: argparse.Namespace) -> Request:
         resume=args.resume,
         blind=args.blind,
     )
-    check_models(request.models)
+    check_models(request.models, settings)
     check_writable(args.resume or args.output)
     return request
 
@@ -452,17 +453,22 @@ def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
     )
 
 
-def check_models(models: Models) -> None:
-    """Raise InputError for names that can not mean a model or a scheduler."""
+def check_models(models: Models, settings: Tempering) -> None:
+    """Raise InputError for names that can not mean a model or a scheduler.
+
+    Of a model on this machine for settings, too, that its family does not do.
+    """
     if models.scheduler is not None:
         loaders.scheduler_name(models.scheduler)
-    for name, kind in (
-        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
-        (models.clipseg, kinds.SEGMENTER),
-        (models.vae, kinds.VAE),
+    sizes = settings.height, settings.width
+    admit = loaders.admission(models.scheduler, models.prediction_type, sizes)
+    for name, kind, fits in (
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare, admit),
+        (models.clipseg, kinds.SEGMENTER, hub.anything),
+        (models.vae, kinds.VAE, hub.anything),
     ):
         if name is not None:
-            hub.check(name, kind)
+            hub.check(name, kind, fits)
     for lora in models.lora:
         loras.check(lora)
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 import loaders
 from errors import InputError, ModelError, ResourceError, memory_errors
 from families import networks_of
-from hub import CLIPSEG, POCKET, resolve
-from kinds import STABLE_DIFFUSION
+from hub import CLIPSEG, POCKET, check, resolve
+from kinds import MODEL, STABLE_DIFFUSION
 from loaders import (
     SAMPLER_NAMES,
     SCHEDULERS,
@@ -366,13 +366,8 @@ def test_what_a_family_does_not_admit_is_refused_before_it_loads(
 def test_a_model_on_edms_schedule_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folders["sdxl"], tmp_path / "playground"))
     EDMDPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text())
-    named = {**index, "scheduler": ["diffusers", "EDMDPMSolverMultistepScheduler"]}
-    (folder / "model_index.json").write_text(json.dumps(named))
-    with pytest.raises(
-        InputError, match=r"schedule must be .*, got EDMDPMSolverMultistepScheduler"
-    ):
-        load_pipeline(folder, device="cpu")
+    with pytest.raises(InputError, match=r"'.*playground' is a model on EDM's schedule, not "):
+        check(str(folder), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -527,6 +522,18 @@ def test_a_vae_that_is_not_whole_is_named(tmp_path: Path) -> None:
         ModelError, match=r"^weights of other vae .* tensors of the vae are missing"
     ):
         load_pipeline(POCKET, vae=str(folder))
+
+
+def test_a_vae_of_another_family_is_refused_before_weights_load(
+    tiny_folders: dict[str, Path], tiny_files: dict[str, Path], painter: Path
+) -> None:
+    (painter / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    of_3 = tiny_folders["sd3"] / "vae"
+    for vae in (of_3, tiny_files["sd3"]):
+        with pytest.raises(InputError) as raised:
+            load_pipeline(painter, vae=vae)
+        fault = f"but {str(vae)!r} takes 16"
+        assert str(raised.value) == f"--vae must take latents of 4 channels, {fault}"
 
 
 @pytest.mark.parametrize(
