@@ -8,7 +8,6 @@ as it lives: a kill ends it, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ Row = dict[str, Any]
 Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and its seed
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
+OTHER_CALLS = ("plain_calls", "tempered_calls")  # which not all rows tell of
+MOST = 2**53  # no number of a row is as large: float64 holds smaller ones exactly
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
@@ -110,14 +111,15 @@ def is_whole(row: Row) -> bool:
     """Whether a row holds all that a summary takes from it."""
     try:
         figures = [row[name][figure] for name in PICTURES for figure in FIGURES]
-        calls = [
-            row["unet_calls"],
-            *(row[n] for n in ("plain_calls", "tempered_calls") if n in row),
-        ]
-        finite = all(math.isfinite(number) for number in (*figures, *calls))
-        whole = all(type(number) is int for number in key_of(row))
-        return finite and whole and {"model", "dtype"} <= row.keys()
-    except (KeyError, TypeError, OverflowError):
+        calls = [row["unet_calls"], *(row[n] for n in OTHER_CALLS if n in row)]
+        origin = [row["model"], row["dtype"], row.get("flags", "")]
+        return (
+            all(-MOST < number < MOST for number in (*figures, row.get("seconds", 0)))
+            and all(type(number) is int for number in (*key_of(row), *calls))
+            and all(0 <= number < MOST for number in calls)
+            and all(isinstance(text, str) for text in origin)
+        )
+    except (KeyError, TypeError):
         return False
 
 

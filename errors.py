@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
+OUT_OF_MEMORY = (
+    "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file|"
+    "(calculation|multiplication) overflow"  # of more bytes than can be counted
+)
 
 
 class TemperingError(Exception):

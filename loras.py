@@ -75,8 +75,8 @@ def parsed(text: str) -> tuple[str, float]:
 
 def check(text: str) -> None:
     """Raise InputError where `text` can not name a LoRA, without asking the Hub."""
-    name, _ = parsed(text)
     try:
+        name, _ = parsed(text)
         path = Path(name).expanduser()
         if path.is_dir() and name:
             fault = _fault_of_names(_names_in(path))

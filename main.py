@@ -4,7 +4,11 @@ Nothing heavy is imported before the arguments are known to be valid. A Python t
 the other files can read this one, and is told so.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to keep, it just ends
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.stderr.write("error: Python 3.10 to 3.13 is needed: start init.py with another one\n")
@@ -12,7 +16,8 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 import argparse
 import importlib
-import signal
+import io
+import os
 import subprocess
 import textwrap
 import traceback
@@ -27,7 +32,7 @@ import kinds
 import loaders
 import loras
 import prompts
-from errors import InputError, TemperingError, memory_errors
+from errors import InputError, ResourceError, TemperingError, memory_errors
 from outputs import check_writable, read_json
 from settings import (
     DEFAULT_STEPS,
@@ -240,8 +245,12 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (failed at run time), 2 (bad input) or 130 (Ctrl-C)."""
     words = sys.argv[1:] if argv is None else list(argv)
+    prepare_streams()
     try:
-        run(words)
+        try:
+            run(words)
+        finally:
+            flush_results()
     except (KeyboardInterrupt, Exception) as error:
         # Libraries that are interrupted while they are imported raise whatever comes of it.
         if heeded or isinstance(error, KeyboardInterrupt):
@@ -253,6 +262,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error if known else unexpected(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, TemperingError) else 1
     return 0
+
+
+def prepare_streams() -> None:
+    """Closed streams lead nowhere; others show as escapes what their encoding does not have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_results() -> None:
+    """Raise ResourceError where nobody reads stdout any more, or it is on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again at its end, and complain in words of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ResourceError(f"can not write to standard output ({error.strerror})") from error
 
 
 def unexpected(error: Exception) -> str:

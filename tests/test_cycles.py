@@ -119,6 +119,12 @@ def test_what_is_no_file_is_no_picture_and_nothing_is_waited_for(
         {"plain": {"ppv": "high", "npv": 0.5, "js": 0.5}},
         {"tempered": {"ppv": float("nan"), "npv": 0.5, "js": 0.5}},
         {"unet_calls": 10**400},
+        {"tempered_calls": -5},
+        {"plain_calls": 2.5},
+        {"seconds": "x"},
+        {"seconds": 10**400},
+        {"flags": []},
+        {"model": 5},
     ],
     ids=str,
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import errno
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ import hub
 import inference
 import kinds
 import loaders
+import loras
 import main
 import sampling
 from settings import VERSION, Request, Tempering
@@ -124,7 +127,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "cooling 2": ([PAINT, "--cooling", "2"], "cooling must be a finite number in 0..1, got 2.0"),
     "candidates 0": (
         [MEASURE, "--candidates", "0"],
-        "candidates must be a whole number of at least 1, got 0",
+        "candidates must be a whole number in 1..1000, got 0",
     ),
     "background 2": (
         [PAINT, "--background", "2"],
@@ -142,7 +145,24 @@ BAD: dict[str, tuple[list[str], str]] = {
         [PAINT, "--threshold", "2"],
         "threshold must be a finite number in 0..1, got 2.0",
     ),
-    "cycles 0": ([MEASURE, "--cycles", "0"], "cycles must be a whole number of at least 1, got 0"),
+    "cycles 0": ([MEASURE, "--cycles", "0"], "cycles must be a whole number in 1..1000000, got 0"),
+    "cycles beyond count": (
+        [MEASURE, "--cycles", "1000000000"],
+        "cycles must be a whole number in 1..1000000, got 1000000000",
+    ),
+    "cycles of many prompts": (
+        [MEASURE, "--prompts_file", "attend-and-excite", "--cycles", "4000"],
+        "cycles must be a whole number in 1..3623 (1000000 in all, of 276 prompts), got 4000",
+    ),
+    "candidates beyond memory": (
+        [PAINT, "--candidates", "1000000000"],
+        "candidates must be a whole number in 1..1000, got 1000000000",
+    ),
+    "a LoRA that can not be": (
+        [PAINT, "--lora", f"{'x' * 400}:1"],
+        f"--lora must be {loras.FORMS}, but '{'x' * 400}:1' can not be read "
+        f"([Errno {errno.ENAMETOOLONG}] {os.strerror(errno.ENAMETOOLONG)}: ...)",
+    ),
     "seed -1": (
         [PAINT, "--seed", "-1"],
         "seed must be a whole number in 0..4294967295, got -1",
@@ -631,6 +651,62 @@ def test_debug_shows_a_traceback_with_bad_input_too(capsys: pytest.CaptureFixtur
     assert err.endswith(f"\nerror: steps must be {STEPS}, got 0\n")
 
 
+def tell_the_folder(request: Request) -> None:
+    sys.stdout.write(f"{request.output}\n")
+
+
+def test_what_a_terminal_can_not_show_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a redirected Windows console, which takes letters of one alphabet only."""
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    monkeypatch.setattr(inference, "run", tell_the_folder)
+    assert main.main([PAINT, "--output", str(tmp_path / "Größe \udcff")]) == 0
+    assert terminal.getvalue().decode().rstrip().endswith(r"Gr\xf6\xdfe \udcff")
+
+
+def test_who_stops_reading_the_results_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `main.py ... | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(inference, "run", tell_the_folder)
+    with open(writer, "w", encoding="utf-8") as stdout:  # noqa: PTH123 (a descriptor)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main.main([PAINT]) == 1
+        monkeypatch.undo()  # and nothing is raised where Python closes it at its end
+    reason = os.strerror(errno.EPIPE)
+    assert capsys.readouterr().err == f"error: can not write to standard output ({reason})\n"
+
+
+def test_closed_streams_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `main.py ... >&- 2>&-` leaves them."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(inference, "run", tell_the_folder)
+    assert [main.main(words) for words in ([PAINT], [PAINT, "--steps", "0"])] == [0, 2]
+
+
+def test_ctrl_c_before_the_start_shows_no_traceback() -> None:
+    interrupt_itself = (
+        "import builtins, os, runpy, signal\n"
+        "real = builtins.__import__\n"
+        "def imported(name, *others):\n"
+        "    if name == 'hub':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *others)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "builtins.__import__ = imported\n"
+        f"runpy.run_path({main.__file__!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", interrupt_itself], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.0001], ids=["half the weights", "half the header"])
 def test_corrupt_weights_are_one_line(
     kept: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -781,10 +857,14 @@ OUT_OF_MEMORY = (
 )
 
 
+@pytest.mark.parametrize(
+    "pixels",
+    ["800000000", str(2**59)],  # 160 petabytes of latents, and more than can be counted
+)
 def test_more_pixels_than_memory_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pixels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = ["--height", "800000000", "--width", "800000000"]  # 160 petabytes of latents
+    size = ["--height", pixels, "--width", pixels]
     words = [PAINT, *FEW, *size, "--output", str(tmp_path)]
     assert refusal(words, capsys, code=1) == OUT_OF_MEMORY
 
