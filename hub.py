@@ -115,6 +115,7 @@ def check(text: str, kind: Kind) -> None:
     if text == POCKET:
         return
     try:
+        text.encode()  # safetensors opens no other path
         path = Path(text).expanduser()
         if path.is_dir() and text:
             fault = fault_of_folder(path, kind)
@@ -126,7 +127,7 @@ def check(text: str, kind: Kind) -> None:
             fault = "does not exist"
         else:
             fault = None if is_id(text) else "is none of them"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
         fault = f"can not be read ({one_line(error)})"
     if fault:
         raise InputError(f"{kind.flag} must be {kind.forms}, but {text!r} {fault}")

@@ -33,7 +33,7 @@ import loaders
 import loras
 import prompts
 from errors import InputError, ResourceError, TemperingError, memory_errors
-from outputs import check_writable, read_json
+from outputs import check_writable, encodable, read_json
 from settings import (
     DEFAULT_STEPS,
     DEFAULT_WAY,
@@ -460,7 +460,7 @@ def to_request(args: argparse.Namespace) -> Request:
         evaluate=args.evaluate,
         cycles=args.cycles,
         prompt_set=asked,
-        set_name=Path(args.prompts_file).stem if asked else None,
+        set_name=encodable(Path(args.prompts_file).stem) if asked else None,
         batch=args.batch,
         judges=None if args.judge is None else tuple(args.judge),
         resume=args.resume,

@@ -220,6 +220,30 @@ def test_a_bad_line_is_named_before_anything_is_loaded(
     assert done == Done(2, "", f"error: {line}\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_set_whose_name_is_no_text_is_summed_up_too(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xffine.txt"))
+    file.write_text("a cat | a dog\n", encoding="utf-8")
+    output = str(tmp_path / "runs")
+    done = call(*FEW, "--prompts_file", str(file), "--cycles", "1", "--output", output)
+    assert (done.code, done.err) == (0, "")
+    assert (done.folder / "summary.md").read_text(encoding="utf-8").startswith("# m?ine\n")
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("versions", 5), ("started", 5), ("model", None), ("scheduler", [])]
+)
+def test_a_run_json_with_facts_that_are_none_is_told_anew(
+    fact: str, value: object, copied: Path, whole: Done
+) -> None:
+    run = outputs.read_json(copied / "run.json")
+    outputs.save_json(copied / "run.json", {**run, fact: value})
+    done = call("--resume", str(copied))
+    assert (done.code, done.err) == (0, "")
+    assert outputs.read_json(copied / "run.json")["model"] == "pocket"
+    assert summaries(copied) == summaries(whole.folder)
+
+
 def test_a_set_is_for_evaluations(file: Path) -> None:
     done = call("--tempered_inference", "--prompts_file", str(file))
     assert done == Done(2, "", "error: --prompts_file is for --evaluate, got it without\n")

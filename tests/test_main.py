@@ -184,6 +184,11 @@ BAD: dict[str, tuple[list[str], str]] = {
         [PAINT, "--model", "./no/such/model"],
         f"{MODEL} './no/such/model' does not exist",
     ),
+    "model of no text": (
+        [PAINT, "--model", "mo\udcffdel"],
+        f"{MODEL} 'mo\\udcffdel' can not be read ('utf-8' codec can't encode character '\\udcff' in "
+        "position 2: surrogates not allowed)",
+    ),
     "model pickled": (
         [PAINT, "--model", "sd-v1-4.ckpt"],
         f"{MODEL} 'sd-v1-4.ckpt' is a .ckpt file, which can run code when it is loaded",
