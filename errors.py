@@ -65,6 +65,19 @@ def memory_errors() -> Iterator[None]:
 
 
 @contextmanager
+def importing() -> Iterator[None]:
+    """Whatever libraries raise while they are imported becomes a line that says how to start."""
+    start = "start with `python init.py` and the same flags, or activate .venv"
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise TemperingError(f"{error.name} is not installed in this Python: {start}") from error
+    except Exception as error:  # of a loader, of a wrong version: they have no family
+        text = f"the libraries of this Python can not be imported ({one_line(error)}): {start}"
+        raise TemperingError(text) from error
+
+
+@contextmanager
 def blaming(part: str) -> Iterator[None]:
     """Whatever a library raises over a part of a model becomes ModelError, which names the part."""
     try:

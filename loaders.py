@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import hub
 import loras
-from errors import InputError, ModelError, TemperingError, memory_errors, one_line
+from errors import InputError, ModelError, TemperingError, importing, memory_errors, one_line
 from kinds import (
     BLIP_VQA,
     CLIP,
@@ -539,10 +539,9 @@ def _check_length(tokenizer: Any, text: Any) -> None:
 @contextmanager
 def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    _quiet()
-    # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
-    # weights either.
-    getattr(import_module("diffusers"), pipeline)
+    with importing():  # for real, since diffusers is lazy: this is no fault of the weights
+        _quiet()
+        getattr(import_module("diffusers"), pipeline)
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.

@@ -32,7 +32,7 @@ import kinds
 import loaders
 import loras
 import prompts
-from errors import InputError, ResourceError, TemperingError, memory_errors
+from errors import InputError, ResourceError, TemperingError, importing, memory_errors
 from outputs import check_writable, encodable, read_json
 from settings import (
     DEFAULT_STEPS,
@@ -296,13 +296,8 @@ def run(words: Sequence[str]) -> None:
     if flow == "update":
         sys.exit(subprocess.call([sys.executable, str(INIT), "--update"]))
     request = to_request(args)
-    try:
+    with importing():
         flow_module = importlib.import_module(MODULES[flow])
-    except ModuleNotFoundError as error:
-        raise TemperingError(
-            f"{error.name} is not installed in this Python: start with `python init.py` and the "
-            "same flags, or activate .venv"
-        ) from error
     with memory_errors():
         flow_module.run(request)
 

@@ -111,7 +111,7 @@ class Hub:
         self.refusals: dict[str, tuple[int, str]] = {}  # repository -> status, X-Error-Code
         self.silent: set[str] = set()  # repositories of which it does not tell what they are
         self.requests: list[Request] = []
-        self._drops: dict[str, tuple[int, bool, float]] = {}
+        self._drops: dict[str, tuple[int, tuple[bool, float]]] = {}
         self._busy: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -137,7 +137,7 @@ class Hub:
 
         First nothing more comes for as long as it `stalls`, in seconds.
         """
-        self._drops[path] = (times, reset, stalls)
+        self._drops[path] = (times, (reset, stalls))
 
     def answer_busy(self, path: str, status: int, *, times: int = 1) -> None:
         """Answer the next `times` downloads of `path` with a status, or questions about a model."""
@@ -166,10 +166,10 @@ class Hub:
     def take_drop(self, path: str) -> tuple[bool, float] | None:
         """How this download of `path` is to end early: with a reset, after how long; or not."""
         with self._lock:
-            times, *how = self._drops.pop(path, (0, False, 0.0))
+            times, how = self._drops.pop(path, (0, (False, 0.0)))
             if times > 1:
-                self._drops[path] = (times - 1, *how)
-            return (*how,) if times else None
+                self._drops[path] = (times - 1, how)
+            return how if times else None
 
 
 def hub_environment(url: str, home: Path) -> dict[str, str]:

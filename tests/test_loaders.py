@@ -22,7 +22,7 @@ from originals import single_file
 from safetensors.torch import load_file, save_file
 
 import loaders
-from errors import InputError, ModelError, ResourceError, memory_errors
+from errors import InputError, ModelError, ResourceError, TemperingError, memory_errors
 from families import networks_of
 from hub import CLIPSEG, POCKET, resolve
 from kinds import STABLE_DIFFUSION
@@ -455,6 +455,17 @@ def test_folder_is_called_by_its_last_name(painter: Path) -> None:
     assert model_name(pipe) == "painter"
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
     assert resolve(str(painter)) == painter
+
+
+def test_libraries_that_do_not_import_are_no_fault_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError(f"Failed to import {name}")
+
+    monkeypatch.setattr(loaders, "import_module", broken)
+    with pytest.raises(TemperingError, match=r"^the libraries of this Python can not be imported"):
+        load_clipseg(str(SEGMENTER))
 
 
 def test_corrupt_weights_are_one_line(painter: Path) -> None:

@@ -186,8 +186,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "model of no text": (
         [PAINT, "--model", "mo\udcffdel"],
-        f"{MODEL} 'mo\\udcffdel' can not be read ('utf-8' codec can't encode character '\\udcff' in "
-        "position 2: surrogates not allowed)",
+        f"{MODEL} 'mo\\udcffdel' can not be read ('utf-8' codec can't encode character "
+        "'\\udcff' in position 2: surrogates not allowed)",
     ),
     "model pickled": (
         [PAINT, "--model", "sd-v1-4.ckpt"],
@@ -550,6 +550,30 @@ def test_a_python_without_the_libraries_says_how_to_start(tmp_path: Path) -> Non
     line = r"error: \w+ is not installed in this Python: start with `python init.py` and the same "
     assert re.fullmatch(line + r"flags, or activate .venv\n", done.stderr)
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        ("ImportError('libcudnn.so.9: cannot open')", "libcudnn.so.9: cannot open"),
+        ("OSError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
+        ("AttributeError('no Tensor')", "no Tensor"),
+    ],
+)
+def test_libraries_that_do_not_import_are_named(
+    raised: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken.py").write_text(f"raise {raised}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(main.MODULES, "tempered_inference", "broken")
+    assert refusal([PAINT, "--output", str(tmp_path)], capsys, code=1) == (
+        f"the libraries of this Python can not be imported ({reason}): start with `python init.py` "
+        "and the same flags, or activate .venv"
+    )
 
 
 # ---- Speed, help and documents ----
