@@ -540,8 +540,10 @@ def _check_length(tokenizer: Any, text: Any) -> None:
 def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
     with importing():  # for real, since diffusers is lazy: this is no fault of the weights
+        torch = import_module("torch")
         _quiet()
         getattr(import_module("diffusers"), pipeline)
+    before = torch.get_default_dtype()
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.
@@ -554,6 +556,8 @@ def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterato
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
+    finally:
+        torch.set_default_dtype(before)  # which they change, and forget where something fails
 
 
 def _quiet() -> None:

@@ -575,6 +575,15 @@ def test_a_configuration_that_no_library_likes_is_one_line(painter: Path, conten
         load_pipeline(str(painter))
 
 
+def test_a_model_that_fails_leaves_torch_as_it_was(painter: Path) -> None:
+    config = painter / "unet" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**content, "norm_num_groups": 7}), encoding="utf-8")
+    with pytest.raises(ModelError):
+        load_pipeline(str(painter), dtype="bf16", device="cpu")
+    assert torch.get_default_dtype() is torch.float32
+
+
 # What the ecosystem writes.
 
 
