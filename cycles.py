@@ -69,10 +69,14 @@ class Records:
     def rows(self) -> Iterator[tuple[Key, Row]]:
         """All whole rows of this evaluation's cycles, in no order; of a cycle the last counts."""
         mine = set(self.keys)
+        return ((key, row) for key, row in self.all_rows() if key in mine)
+
+    def all_rows(self) -> Iterator[tuple[Key, Row]]:
+        """The same with those of other seeds and prompts."""
         for file in _files(self.folder, "cycles"):
             for row in outputs.each_json_line(file):
-                if is_whole(row) and (key := key_of(row)) in mine:
-                    yield key, row
+                if is_whole(row):
+                    yield key_of(row), row
 
     def is_painted(self, key: Key) -> bool:
         """Whether both pictures of a cycle are there and sound."""

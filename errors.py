@@ -39,12 +39,14 @@ def raise_not_finite(what: str, parts: Mapping[str, Any], advice: str) -> NoRetu
 
     Those of the `parts` (torch modules by name) whose weights are not finite; else `advice` helps.
     """
-    unsound = [
-        name
-        for name, part in parts.items()
+    unsound = []
+    for name, part in parts.items():
         # On "meta" are those that sequential offloading keeps elsewhere.
-        if not all(each.isfinite().all() for each in part.parameters() if not each.is_meta)
-    ]
+        weights = {key: each for key, each in part.named_parameters() if not each.is_meta}
+        bad = [key for key, each in weights.items() if not each.isfinite().all()]
+        if bad:
+            of_a_lora = all(".lora_" in key for key in bad)  # as peft calls them
+            unsound.append(f"a LoRA of {name}" if of_a_lora else name)
     if unsound:
         advice = f"because weights of {', '.join(unsound)} are not: put a sound copy in their place"
     raise ModelError(f"{what} is not finite {advice}")

@@ -51,7 +51,7 @@ class Begun:
 
     folder: Path
     painted: tuple[Key, ...] = ()  # cycles that have a row, in the order of the set
-    origins: tuple[tuple[str, str, str | None], ...] = ()  # of these rows: model, dtype, flags
+    origins: tuple[tuple[str, str, str | None], ...] = ()  # of all rows: model, dtype, flags
     noted: tuple[frozenset[NoteKey], ...] = (frozenset(),) * len(JUDGES)  # by each of JUDGES
 
 
@@ -161,7 +161,7 @@ def begin(request: Request) -> Begun:
         return Begun(outputs.new_run_folder(request.output, request.title, request.begun))
     cycles.prepare(request.resume)
     records = Records(request.resume, request.all_prompts, seeds_of(request))
-    found = {key: origin_of(row) for key, row in records.rows()}
+    found = {key: origin_of(row) for key, row in records.all_rows()}
     return Begun(
         records.folder,
         painted=tuple(key for key in records.keys if key in found),

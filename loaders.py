@@ -225,6 +225,8 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
             changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
             if strangers := [part for part in parts_of(lora.file) if part not in changed]:
                 raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
+            if not changed:
+                raise ValueError("it names no part that it would change")
         except TemperingError:
             raise
         except Exception as error:  # of diffusers, of peft, of torch: whatever they stumble over

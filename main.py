@@ -15,6 +15,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(2)
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -32,7 +33,7 @@ import kinds
 import loaders
 import loras
 import prompts
-from errors import InputError, ResourceError, TemperingError, importing, memory_errors
+from errors import InputError, TemperingError, importing, memory_errors
 from outputs import check_writable, encodable, read_json
 from settings import (
     DEFAULT_STEPS,
@@ -258,8 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         if "--debug" in words:
             traceback.print_exc()
-        known = isinstance(error, TemperingError)
-        print(f"error: {error if known else unexpected(error)}", file=sys.stderr)
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, TemperingError) else 1
     return 0
 
@@ -275,16 +275,22 @@ def prepare_streams() -> None:
 
 
 def flush_results() -> None:
-    """Raise ResourceError where nobody reads stdout any more, or it is on a full disk."""
+    """Raise OSError where nobody reads stdout any more, or it is on a full disk."""
     try:
         sys.stdout.flush()
-    except OSError as error:
+    except OSError:
         # Python would try again at its end, and complain in words of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ResourceError(f"can not write to standard output ({error.strerror})") from error
+        raise
 
 
-def unexpected(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """What an error says to the user."""
+    if isinstance(error, TemperingError):
+        return str(error)
+    # What is written to files has its own words: this is of a pipe, or of a redirection.
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        return f"can not write to standard output ({error.strerror})"
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)"
 

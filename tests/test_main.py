@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -695,14 +696,16 @@ def test_what_a_terminal_can_not_show_is_escaped(
     assert terminal.getvalue().decode().rstrip().endswith(r"Gr\xf6\xdfe \udcff")
 
 
+@pytest.mark.parametrize("unbuffered", [False, True])
 def test_who_stops_reading_the_results_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    unbuffered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `main.py ... | head -1` does."""
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(inference, "run", tell_the_folder)
-    with open(writer, "w", encoding="utf-8") as stdout:  # noqa: PTH123 (a descriptor)
+    pipe: Any = io.FileIO(writer, "w") if unbuffered else io.BufferedWriter(io.FileIO(writer, "w"))
+    with io.TextIOWrapper(pipe, encoding="utf-8", write_through=unbuffered) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main.main([PAINT]) == 1
         monkeypatch.undo()  # and nothing is raised where Python closes it at its end
