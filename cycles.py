@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 import outputs
+from errors import ResourceError, one_line
 from prompts import Prompt
 
 Row = dict[str, Any]
@@ -138,16 +139,25 @@ def is_sound(file: Path) -> bool:
     return data.endswith(PNG_END)
 
 
+def picture(file: Path) -> Image.Image:
+    """A picture from disk, in RGB. Raises ResourceError, which says what helps."""
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # as above
+        text = f"can not read {file} ({one_line(error)}): delete it, and --resume paints it again"
+        raise ResourceError(text) from error
+
+
 def prepare(folder: Path) -> None:
     """Make `folder` ready for a run that goes on there: what killed runs have left is removed.
 
-    Raises ResourceError where another run still paints in it.
+    Raises ResourceError where another run still paints in it, and where it can not be read.
     """
     for lock in folder.glob(_lock_file(folder, "*").name):
         with outputs.locked(lock, TAKEN):
             pass
-    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        outputs.remove_leftovers(place)
+    outputs.remove_leftovers(folder)
 
 
 @contextmanager

@@ -595,6 +595,18 @@ def test_verdicts_follow_from_the_notes_on_disk(whole: Done, file: Path) -> None
     assert rate["tempered_mean"] == sum(found[1].all_ok for found in said.values()) / 6
 
 
+def test_notes_of_nothing_hide_no_others(copied: Path, whole: Done) -> None:
+    seen: Row = {"plain": {}, "tempered": {}}
+    for row in (
+        {"prompt": [], "seed": 2024, **seen},
+        {"prompt": 1, "seed": {}, **seen},
+        {"single": ["a cat"], "seed": 2024, "notes": {}},
+    ):
+        outputs.append_json_line(copied / "notes-pocket.jsonl", row)
+    assert call("--resume", str(copied)).code == 0
+    assert summaries(copied) == summaries(whole.folder)
+
+
 def test_notes_that_can_not_be_read_are_named(copied: Path) -> None:
     row = {"prompt": 1, "seed": 2024, "plain": {}, "tempered": {}}
     outputs.append_json_line(copied / "notes-pocket.jsonl", row)
