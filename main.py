@@ -15,7 +15,6 @@ if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(2)
 
 import argparse
-import errno
 import importlib
 import io
 import os
@@ -33,7 +32,7 @@ import kinds
 import loaders
 import loras
 import prompts
-from errors import InputError, TemperingError, importing, memory_errors
+from errors import InputError, ResourceError, TemperingError, importing, memory_errors
 from outputs import check_writable, encodable, read_json
 from settings import (
     DEFAULT_STEPS,
@@ -275,22 +274,25 @@ def prepare_streams() -> None:
 
 
 def flush_results() -> None:
-    """Raise OSError where nobody reads stdout any more, or it is on a full disk."""
+    """Raise ResourceError where nobody reads stdout any more, or it is on a full disk."""
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
         # Python would try again at its end, and complain in words of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        raise ResourceError(unheard(error)) from error
+
+
+def unheard(error: OSError) -> str:
+    return f"can not write to standard output ({error.strerror})"
 
 
 def in_a_line(error: Exception) -> str:
     """What an error says to the user."""
     if isinstance(error, TemperingError):
         return str(error)
-    # What is written to files has its own words: this is of a pipe, or of a redirection.
-    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
-        return f"can not write to standard output ({error.strerror})"
+    if isinstance(error, BrokenPipeError):  # of stdout without a buffer
+        return unheard(error)
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)"
 
