@@ -245,9 +245,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (failed at run time), 2 (bad input) or 130 (Ctrl-C)."""
     words = sys.argv[1:] if argv is None else list(argv)
-    prepare_streams()
     try:
         try:
+            prepare_streams()
             run(words)
         finally:
             flush_results()
