@@ -460,7 +460,7 @@ def _name_gaps(source: Path, configuration: Path) -> None:
     for name, cls in _classes(configuration).items():
         if source.is_file() and hasattr(cls, "from_single_file"):
             try:
-                _check_whole(name, _load(cls, source, configuration / name))
+                _load(_checking(cls, name), source, configuration / name)
             except Exception as error:
                 raise ValueError(f"of the {name}: {one_line(error)}") from error
 
@@ -477,14 +477,28 @@ def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[st
 def _network(cls: Any, part: str, source: Path, configuration: Path, precision: torch.dtype) -> Any:
     """One network from a folder or a single file. Raises ValueError where it is not whole."""
     if source.is_file():
-        network = _load(cls, source, configuration)  # a dtype would be the end of one with gaps
-        _check_whole(part, network)
-        return network.to(precision)
+        network = _load(_checking(cls, part), source, configuration, torch_dtype=precision)
+        network.__class__ = cls
+        return network
     # What has another shape would otherwise end the loading, uncounted, in words of a library.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     network, report = _load(cls, source, configuration, torch_dtype=precision, **options)
     _check_whole(part, network, report["missing_keys"], report["mismatched_keys"])
     return network
+
+
+def _checking(cls: Any, part: str) -> Any:
+    """The class, whose networks check that they are whole before they are moved.
+
+    From a single file diffusers moves a network at once, which ends without a name for what lacks.
+    """
+
+    class Checking(cls):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            _check_whole(part, self)
+            return super().to(*args, **kwargs)
+
+    return Checking
 
 
 def _check_whole(

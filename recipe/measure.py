@@ -24,11 +24,13 @@ from loaders import load_clipseg, load_pipeline
 from pocket.images import Pixels
 from pocket.judge import NO_COLOUR, Judge, Verdict, load_judge
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
+from recipe import reliability
 from recipe.data import Pictures, Studio, pictures, training_scene
 from recipe.fidelity import features, precision_recall, single_renders
 from recipe.judge import measure_judge, round_trip
 from recipe.unet import Denoiser, repaint
 from segmentation import ClipSeg, classify, embed_prompts, segment
+from settings import Tempering
 from sheets import Panel, sheet
 
 FIGURES = Path(__file__).parent.parent / "pocket" / "figures.json"
@@ -60,6 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     figures = measure(args.work, args.pictures)
     outputs.save_image(FIGURES.with_name("samples.png"), draw_samples(pocket()))
+    diagram = reliability.draw(figures["reliability"])
+    outputs.save_figure(FIGURES.with_name("reliability.png"), diagram)
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
 
@@ -81,6 +85,7 @@ def measure(work: Path, count: int) -> dict[str, Any]:
         "seconds_a_picture": seconds_a_picture(pipe),
         "vae": vae_figures(pipe.vae, held_out, judge),
         "clipseg": clipseg_figures(load_clipseg("pocket", device="cpu"), held_out),
+        "reliability": reliability_figures(pipe, held_out),
         "judge": measure_judge(judge, studio, 3000, seed=1),
         "judge_repainted": measure_judge(
             judge, studio, 3000, seed=1, degrade=repaint(denoiser(pipe), pipe.vae, pipe.tokenizer)
@@ -171,6 +176,17 @@ def clipseg_figures(clipseg: ClipSeg, held_out: Pictures) -> dict[str, float]:
         "mean_iou": round(float(np.mean(overlaps)), 4),
         "absent_mean_probability": round(float(np.mean(strangers)), 4),
         "absent_wins_a_pixel": round(float(np.mean(mistaken)), 4),
+    }
+
+
+def reliability_figures(pipe: StableDiffusionPipeline, held_out: Pictures) -> dict[int, Any]:
+    """Of CLIPSeg at each look of the default settings."""
+    clipseg, networks = load_clipseg("pocket", device="cpu"), denoiser(pipe)
+    return {
+        step: reliability.reliability(
+            clipseg, networks, pipe.vae, pipe.tokenizer, held_out, timestep
+        )
+        for step, timestep in reliability.looked_at(Tempering()).items()
     }
 
 

@@ -75,14 +75,6 @@ def call(*words: str) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sets") / "mine.txt"
@@ -487,7 +479,7 @@ def test_a_finished_evaluation_is_summed_up_again_without_its_model(
 def ranks(words: Sequence[str], count: int) -> list[Done]:
     """The command line in so many processes at once, in a launcher's environment."""
     host, port = closed_url().removeprefix("http://").split(":")
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     running = [
         subprocess.Popen(
@@ -668,7 +660,7 @@ def process(words: Sequence[str], env: dict[str, str]) -> Done:
     done = subprocess.run(
         [sys.executable, "main.py", *words],
         cwd=REPOSITORY,
-        env={**env, "OMP_NUM_THREADS": "1"},
+        env=env,
         capture_output=True,
         encoding="utf-8",
         timeout=300,

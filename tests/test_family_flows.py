@@ -20,14 +20,11 @@ from test_flows import (
     Done,
     assert_same_bytes,
     call,
-    one_thread,
     parameters,
     pixels,
 )
 
 from loras import locate
-
-__all__ = ["one_thread"]  # a fixture is used by its name
 
 FEW = ("--steps", "4", "--rounds", "1", "--seed", "3", "--clipseg", "pocket", "--offline")
 ON_CPU = ("--device", "cpu", "--dtype", "fp32")
