@@ -399,7 +399,8 @@ def _other_model(shapes: Shapes) -> str | None:
         return "a LoRA, which --lora takes"
     if any(len(shape) == 5 for shape in shapes.values()):  # convolutions over time, too
         return "a video model"
-    _, channels, *_ = (*shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4)), 0, 0)
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
+    channels = first[1] if len(first) > 1 else 0
     return None if channels == 4 else _taking(channels)
 
 
