@@ -30,7 +30,7 @@ import loaders
 import loras
 import main
 import sampling
-from settings import VERSION, Request, Tempering
+from settings import DEFAULT_WAY, VERSION, Request, Tempering
 
 REPOSITORY = Path(main.__file__).parent
 POCKET = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
@@ -491,6 +491,17 @@ def test_steps_alone_take_the_rest_along_into_run_json(
     told = [[each.arguments[name] for name in names] for each in asked]
     assert told == [[10, 8, 6, 3], [50, 38, 30, 15]]
     assert asked[1].settings == Tempering(steps=50)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_readme_and_help_say_what_follows_the_steps(name: str) -> None:
+    text = " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+    settings = Tempering(steps=50)
+    parts = [getattr(settings, each) for each in DEFAULT_WAY]
+    assert re.search(r"\b50 (steps|pasos)\D+{}, {} \w+ {}\b".format(*parts), text)
+    told = " ".join(main.parser().format_help().split())
+    for part in DEFAULT_WAY.values():
+        assert f"(default: {part} of 20 steps, of others as large a share" in told
 
 
 def test_a_run_repeated_with_other_steps_keeps_its_own_shares(
