@@ -14,12 +14,14 @@ if sys.version_info < (3, 10):  # noqa: UP036
     sys.stderr.write("error: Python 3.10 to 3.13 is needed: start init.py with another one\n")
     sys.exit(2)
 
+import _thread
 import argparse
 import importlib
 import io
 import os
 import subprocess
 import textwrap
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -537,14 +539,30 @@ def heed_signals() -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
             signal.signal(number, interrupt)
+    sys.unraisablehook = interrupt_again
 
 
 def interrupt(number: int, frame: object) -> None:
     """Raise KeyboardInterrupt; others than Ctrl-C once, for launchers send them several times."""
-    heeded.append(number)
-    if number != signal.SIGINT:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    if number == signal.SIGINT or number not in heeded:
+        heeded.append(number)
+        raise KeyboardInterrupt
+
+
+def interrupt_again(ignored: Any) -> None:
+    """Repeat a signal that came while Python tidied up, where whatever is raised is ignored."""
+    if heeded and ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, repeat, [heeded.pop()]).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
+def repeat(number: int) -> None:
+    """Send this process's first thread a signal."""
+    if os.name == "nt":
+        _thread.interrupt_main(signal.Signals(number))
+    else:  # which wakes it, too, where it waits
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 if __name__ == "__main__":

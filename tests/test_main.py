@@ -750,6 +750,32 @@ def test_ctrl_c_before_the_start_shows_no_traceback() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(name: str, tmp_path: Path) -> None:
+    """What is raised in a finaliser is ignored by Python."""
+    (tmp_path / "flow.py").write_text(
+        "import os, signal, time\n"
+        "class Tidying:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        sum(range(1000))\n"
+        "def run(request):\n"
+        "    Tidying()\n"
+        "    time.sleep(60)\n"
+    )
+    words = [PAINT, "--output", str(tmp_path)]
+    code = (
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(tmp_path)!r}]; import main;"
+        "main.MODULES['tempered_inference'] = 'flow'; main.heed_signals();"
+        f"sys.exit(main.main({words!r}))"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert time.monotonic() - begun < 50
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.0001], ids=["half the weights", "half the header"])
 def test_corrupt_weights_are_one_line(
     kept: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
