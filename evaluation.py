@@ -38,8 +38,11 @@ from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
 
 Decided = TypeVar("Decided")
-# What run.json tells of a run that can not be known without its models.
-OF_MODELS = {"model", "dtype", "device", "scheduler", "versions", "started"}
+# What run.json tells of a run that can not be known without its models, and its flags.
+OF_MODELS = {
+    **dict.fromkeys(("model", "dtype", "device", "scheduler", "started"), str),
+    **dict.fromkeys(("versions", "arguments"), dict),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Begun:
 
     folder: Path
     painted: tuple[Key, ...] = ()  # cycles that have a row, in the order of the set
-    origins: tuple[tuple[str, str, str | None], ...] = ()  # of these rows: model, dtype, flags
+    origins: tuple[tuple[str, str, str | None], ...] = ()  # of all rows: model, dtype, flags
     noted: tuple[frozenset[NoteKey], ...] = (frozenset(),) * len(JUDGES)  # by each of JUDGES
 
 
@@ -158,7 +161,7 @@ def begin(request: Request) -> Begun:
         return Begun(outputs.new_run_folder(request.output, request.title, request.begun))
     cycles.prepare(request.resume)
     records = Records(request.resume, request.all_prompts, seeds_of(request))
-    found = {key: origin_of(row) for key, row in records.rows()}
+    found = {key: origin_of(row) for key, row in records.all_rows()}
     return Begun(
         records.folder,
         painted=tuple(key for key in records.keys if key in found),
@@ -180,7 +183,7 @@ def facts_of(models: Models, records: Records, begun: Begun, *, needed: bool) ->
         earlier = outputs.read_json(records.folder / "run.json")
     except InputError:  # new, or damaged
         earlier = {}
-    known = earlier.keys() >= OF_MODELS and isinstance(earlier.get("arguments"), dict)
+    known = all(isinstance(earlier.get(name), kind) for name, kind in OF_MODELS.items())
     if known and not needed and models.session is None:
         free = {name: models.request.arguments[name] for name in FREE_ON_RESUME}
         return {**earlier, "arguments": {**earlier["arguments"], **free}}

@@ -118,6 +118,7 @@ def check(text: str, kind: Kind, admit: Admit = anything) -> None:
     if text == POCKET:
         return
     try:
+        text.encode()  # safetensors opens no other path
         path = Path(text).expanduser()
         if path.is_dir() and text:
             fault = fault_of_folder(path, kind)
@@ -129,7 +130,7 @@ def check(text: str, kind: Kind, admit: Admit = anything) -> None:
             fault = "does not exist"
         else:
             fault = None if is_id(text) else "is none of them"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
         fault = f"can not be read ({one_line(error)})"
     if fault:
         raise InputError(f"{kind.flag} must be {kind.forms}, but {text!r} {fault}")

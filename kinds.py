@@ -279,10 +279,11 @@ def shapes_of(file: Path) -> Shapes | None:
         text = opened.read(length if length <= _LARGEST_HEADER else 0)
     try:
         header = json.loads(text)
-        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-        return {name: [int(side) for side in each["shape"]] for name, each in tensors.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        shapes = {n: tensor["shape"] for n, tensor in header.items() if n != "__metadata__"}
+        sound = all(type(size) is int for shape in shapes.values() for size in list(shape))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
+    return shapes if sound else None
 
 
 def layout_of(source: Path, kind: Kind) -> Layout:
@@ -311,7 +312,7 @@ def fault_of_folder(folder: Path, kind: Kind, *, as_marked: bool = False) -> str
         return f"has a corrupt {error}"
 
     def holds(part: str) -> bool:
-        return any(said.get(part, ())) if as_marked else (folder / part).is_dir()
+        return said.get(part) not in (None, [None, None]) if as_marked else (folder / part).is_dir()
 
     name = said.get(kind.marker[1])
     if fault := fault_of_model(kind, name, lambda file: (folder / file).is_file(), holds):
@@ -383,7 +384,7 @@ def _json(file: Path) -> dict[str, Any]:
     """The content of a JSON file, empty where there is none. Raises ValueError with its name."""
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(file.name)
@@ -419,7 +420,8 @@ def _other_model(shapes: Shapes) -> str | None:
         return "a LoRA, which --lora takes"
     if any(len(shape) == 5 for shape in shapes.values()):  # convolutions over time, too
         return "a video model"
-    channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))[1]
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
+    channels = first[1] if len(first) > 1 else 0
     return None if channels == 4 else _taking(channels)
 
 

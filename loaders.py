@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import hub
 import loras
-from errors import InputError, ModelError, TemperingError, memory_errors, one_line
+from errors import InputError, ModelError, TemperingError, importing, memory_errors, one_line
 from kinds import (
     BLIP_VQA,
     CLIP,
@@ -249,6 +249,8 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
             changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
             if strangers := [part for part in parts_of(lora.file) if part not in changed]:
                 raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
+            if not changed:
+                raise ValueError("it names no part that it would change")
         except TemperingError:
             raise
         except Exception as error:  # of diffusers, of peft, of torch: whatever they stumble over
@@ -577,10 +579,11 @@ def _check_length(tokenizer: Any, text: Any) -> None:
 @contextmanager
 def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    _quiet()
-    # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
-    # weights either.
-    getattr(import_module("diffusers"), pipeline)
+    with importing():  # for real, since diffusers is lazy: this is no fault of the weights
+        torch = import_module("torch")
+        _quiet()
+        getattr(import_module("diffusers"), pipeline)
+    before = torch.get_default_dtype()
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.
@@ -593,6 +596,8 @@ def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterato
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
+    finally:
+        torch.set_default_dtype(before)  # which they change, and forget where something fails
 
 
 def _quiet() -> None:

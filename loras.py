@@ -77,8 +77,9 @@ def parsed(text: str) -> tuple[str, float]:
 
 def check(text: str) -> None:
     """Raise InputError where `text` can not name a LoRA, without asking the Hub."""
-    name, _ = parsed(text)
     try:
+        text.encode()  # safetensors opens no other path
+        name, _ = parsed(text)
         path = Path(name).expanduser()
         if path.is_dir() and name:
             fault = _fault_of_names(_names_in(path))
@@ -88,7 +89,7 @@ def check(text: str) -> None:
             fault = None if is_lora(shapes_of(path)) else "has no LoRA in it"
         else:
             fault = None if _on_hub(name) else "is none of them"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
         fault = f"can not be read ({one_line(error)})"
     if fault:
         raise InputError(f"--lora must be {FORMS}, but {text!r} {fault}")

@@ -212,6 +212,30 @@ def test_a_bad_line_is_named_before_anything_is_loaded(
     assert done == Done(2, "", f"error: {line}\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_set_whose_name_is_no_text_is_summed_up_too(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xffine.txt"))
+    file.write_text("a cat | a dog\n", encoding="utf-8")
+    output = str(tmp_path / "runs")
+    done = call(*FEW, "--prompts_file", str(file), "--cycles", "1", "--output", output)
+    assert (done.code, done.err) == (0, "")
+    assert (done.folder / "summary.md").read_text(encoding="utf-8").startswith("# m?ine\n")
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("versions", 5), ("started", 5), ("model", None), ("scheduler", [])]
+)
+def test_a_run_json_with_facts_that_are_none_is_told_anew(
+    fact: str, value: object, copied: Path, whole: Done
+) -> None:
+    run = outputs.read_json(copied / "run.json")
+    outputs.save_json(copied / "run.json", {**run, fact: value})
+    done = call("--resume", str(copied))
+    assert (done.code, done.err) == (0, "")
+    assert outputs.read_json(copied / "run.json")["model"] == "pocket"
+    assert summaries(copied) == summaries(whole.folder)
+
+
 def test_a_set_is_for_evaluations(file: Path) -> None:
     done = call("--tempered_inference", "--prompts_file", str(file))
     assert done == Done(2, "", "error: --prompts_file is for --evaluate, got it without\n")
@@ -561,6 +585,18 @@ def test_verdicts_follow_from_the_notes_on_disk(whole: Done, file: Path) -> None
             assert found == verdict("pocket", row[name], asked[0])
     rate = summary(whole.folder)["subsets"][-1]["measures"]["pocket/all_ok"]
     assert rate["tempered_mean"] == sum(found[1].all_ok for found in said.values()) / 6
+
+
+def test_notes_of_nothing_hide_no_others(copied: Path, whole: Done) -> None:
+    seen: Row = {"plain": {}, "tempered": {}}
+    for row in (
+        {"prompt": [], "seed": 2024, **seen},
+        {"prompt": 1, "seed": {}, **seen},
+        {"single": ["a cat"], "seed": 2024, "notes": {}},
+    ):
+        outputs.append_json_line(copied / "notes-pocket.jsonl", row)
+    assert call("--resume", str(copied)).code == 0
+    assert summaries(copied) == summaries(whole.folder)
 
 
 def test_notes_that_can_not_be_read_are_named(copied: Path) -> None:

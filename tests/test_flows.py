@@ -737,7 +737,8 @@ def test_where_run_json_is_damaged_all_flags_given_again_go_on(
     assert (alone.code, alone.out, alone.err.count("\n")) == (2, "", 1)
     assert "all flags of the first call are given again, --evaluate among them" in alone.err
     flags = (MEASURE, *FEW, "--cycles", str(CYCLES))
-    for other in (("--k", "3"), ("--accept", "0.1"), ("--look_guidance", "3"), ("--steps", "5")):
+    others = ("--k 3", "--accept 0.1", "--look_guidance 3", "--steps 5", "--seed 1")
+    for other in map(str.split, others):
         refused = call("--resume", str(copied), *flags, *other)
         assert (refused.code, painted(refused)) == (2, 0)
         assert "its cycles were made by others than these" in refused.err

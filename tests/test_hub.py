@@ -217,6 +217,13 @@ def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -
     assert hub.downloads().count(f"{STABLE_DIFFUSION}/{UNET}") == 2
 
 
+def test_a_download_that_stalls_is_taken_up(hub: Hub, tmp_path: Path) -> None:
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=2, reset=True, stalls=3)
+    environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    said = ask(environment, STABLE_DIFFUSION)
+    assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
+
+
 def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(
     hub: Hub, tmp_path: Path
 ) -> None:

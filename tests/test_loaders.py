@@ -22,7 +22,7 @@ from originals import single_file
 from safetensors.torch import load_file, save_file
 
 import loaders
-from errors import InputError, ModelError, ResourceError, memory_errors
+from errors import InputError, ModelError, ResourceError, TemperingError, memory_errors
 from families import networks_of
 from hub import CLIPSEG, POCKET, check, resolve
 from kinds import MODEL, STABLE_DIFFUSION
@@ -452,6 +452,17 @@ def test_folder_is_called_by_its_last_name(painter: Path) -> None:
     assert resolve(str(painter)) == painter
 
 
+def test_libraries_that_do_not_import_are_no_fault_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError(f"Failed to import {name}")
+
+    monkeypatch.setattr(loaders, "import_module", broken)
+    with pytest.raises(TemperingError, match=r"^the libraries of this Python can not be imported"):
+        load_clipseg(str(SEGMENTER))
+
+
 def test_corrupt_weights_are_one_line(painter: Path) -> None:
     weights = painter / UNET
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -569,6 +580,15 @@ def test_a_configuration_that_no_library_likes_is_one_line(painter: Path, conten
     (painter / "text_encoder" / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ModelError, match=r"^weights of painter are corrupt or do not fit: "):
         load_pipeline(str(painter))
+
+
+def test_a_model_that_fails_leaves_torch_as_it_was(painter: Path) -> None:
+    config = painter / "unet" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**content, "norm_num_groups": 7}), encoding="utf-8")
+    with pytest.raises(ModelError):
+        load_pipeline(str(painter), dtype="bf16", device="cpu")
+    assert torch.get_default_dtype() is torch.float32
 
 
 # What the ecosystem writes.

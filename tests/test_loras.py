@@ -240,6 +240,29 @@ def test_a_lora_of_another_size_is_one_line_of_the_programs_own(
     assert said == []
 
 
+def test_a_lora_that_names_no_part_is_refused_in_one_line(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As some scripts write them, of the U-Net's own names."""
+    tensors = tiny.lora(tiny.shared("sd2"))
+    bare = {name.removeprefix("unet."): each for name, each in tensors.items() if "unet" in name}
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(ModelError, match=r"^the LoRA bare does not fit sd2: it names no part that"):
+        load_pipeline(tiny_folders["sd2"], lora=[str(tmp_path / "bare.safetensors")], device="cpu")
+
+
+def test_a_lora_that_is_not_finite_is_named_and_not_its_model(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = tiny.lora(tiny.shared("sd2"))
+    unsound = {name: each * float("nan") for name, each in tensors.items() if "unet" in name}
+    save_file(unsound, tmp_path / "unsound.safetensors")
+    name = str(tmp_path / "unsound.safetensors")
+    pipe = load_pipeline(tiny_folders["sd2"], lora=[name], device="cpu", dtype="fp32")
+    with pytest.raises(ModelError, match=r"because weights of a LoRA of unet are not: put a sound"):
+        painted(pipe)
+
+
 def painted(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     sampler = Sampler(family_of(pipe), ["a cat"], BRIEF)
