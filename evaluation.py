@@ -29,7 +29,7 @@ import judging
 import outputs
 import prompts
 from cycles import PICTURES, Key, Records, Row
-from errors import InputError, TemperingError
+from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
 from painting import Batch, free_memory, paint, plain
@@ -117,11 +117,24 @@ def seeds_of(request: Request) -> range:
 def shared_state(request: Request) -> PartialState | None:
     """accelerate's state where a launcher started several processes.
 
-    Raises InputError where it was told to, and has started one: without a GPU it knows no better.
+    Raises InputError where it was told to, and has started one: without a GPU it knows no better;
+    and for an environment that no launcher has made.
     """
     if "WORLD_SIZE" in os.environ:
         # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
-        return PartialState(cpu=pick_device(request.models.device).type == "cpu")
+        on_cpu = pick_device(request.models.device).type == "cpu"
+        try:
+            return PartialState(cpu=on_cpu)
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "WORLD_SIZE must be unset, or stand beside all else that a launcher sets, got "
+                f"{os.environ['WORLD_SIZE']!r} ({one_line(error)})"
+            ) from error
+        except RuntimeError as error:  # torch.distributed's
+            raise TemperingError(
+                f"the processes of this run do not find each other ({one_line(error)}): start all "
+                "of them again"
+            ) from error
     # What `accelerate launch --num_processes 2` leaves in the environment of its only process.
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
         again = shlex.join(["main.py", *sys.argv[1:]])

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import tiny_judges
 import torch
+from accelerate import PartialState
 from loopback import Hub, closed_url, files_of
 from pictures import farthest
 from PIL import Image
@@ -528,6 +529,21 @@ def test_a_launcher_that_starts_one_process_for_two_is_told_which_one_does_not(
     assert f"torchrun --nproc_per_node N main.py {' '.join(FEW)}" in error
     assert done.returncode != 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["abc", "2"])
+def test_an_environment_that_no_launcher_has_made_is_told(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster's script may leave it: no number, or nothing of where the others are."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    done = call(*FEW, "--output", str(tmp_path))
+    line = "error: WORLD_SIZE must be unset, or stand beside all else that a launcher sets, got "
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"{line}'{size}' (")
 
 
 # --- Judges.
