@@ -52,6 +52,7 @@ MODULES = {
     "diffusers": "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "transformers": "transformers.models.clipseg.modeling_clipseg",
     "scipy": "scipy.stats",
+    "pytest-xdist": "xdist",
 }
 
 # Programs for the environment's Python. They run in HERE, so they see the modules main.py sees.
