@@ -32,7 +32,7 @@ from kinds import (
     layout_of,
     shapes_of,
 )
-from loras import Lora, parts_of
+from loras import Lora
 from settings import PREDICTION_TYPES
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def _pipeline(
         try:
             pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
         except Exception:
-            _name_gaps(source, configuration)
+            if source.is_file():
+                _name_gaps(source, configuration)
             raise
         if source.is_file() and "text_encoder_3" in layout.parts:
             # diffusers leaves the second name of T5's embeddings on "meta", and its dropout on.
@@ -247,7 +248,7 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
                     folder, weight_name=name, adapter_name=adapter, local_files_only=True
                 )
             changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
-            if strangers := [part for part in parts_of(lora.file) if part not in changed]:
+            if strangers := [part for part in lora.parts if part not in changed]:
                 raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
             if not changed:
                 raise ValueError("it names no part that it would change")
@@ -476,15 +477,15 @@ def _classes(folder: Path) -> dict[str, Any]:
     return {name: cls for name, cls in classes.items() if hasattr(cls, "named_parameters")}
 
 
-def _name_gaps(source: Path, configuration: Path) -> None:
+def _name_gaps(file: Path, configuration: Path) -> None:
     """Raise ValueError for the first network that a single file does not hold whole.
 
     A pipeline says only that something does not fit. Its networks, each by itself, say what.
     """
     for name, cls in _classes(configuration).items():
-        if source.is_file() and hasattr(cls, "from_single_file"):
+        if hasattr(cls, "from_single_file"):
             try:
-                _load(_checking(cls, name), source, configuration / name)
+                _load(_checking(cls, name), file, configuration / name)
             except Exception as error:
                 raise ValueError(f"of the {name}: {one_line(error)}") from error
 

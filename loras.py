@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import hub
 from errors import InputError, ModelError, one_line
-from kinds import PICKLES, WEIGHTS, Kind, Layout, is_lora, shapes_of, text_width
+from kinds import PICKLES, WEIGHTS, Kind, Layout, Shapes, is_lora, shapes_of, text_width
 
 FORMS = "a .safetensors file, a folder with one, a Hub id or Hub id/file, with :WEIGHT if wanted"
 USUAL = "pytorch_lora_weights.safetensors"  # what diffusers calls the file
@@ -47,7 +48,21 @@ class Lora:
     weight: float
     file: Path
 
+    @cached_property
+    def tensors(self) -> Shapes:
+        """The shapes of its tensors, by name."""
+        return shapes_of(self.file) or {}
+
     @property
+    def parts(self) -> list[str]:
+        """The pipeline's parts that it changes, as far as its tensors' names tell."""
+        return [
+            part
+            for part, pattern in _PARTS.items()
+            if any(re.match(pattern, name) for name in self.tensors)
+        ]
+
+    @cached_property  # every picture tells it, and the file may have hundreds of MB
     def hash(self) -> str:
         """12 digits by which AUTOMATIC1111 knows a LoRA again: SHA-256 of all but the header."""
         with self.file.open("rb") as opened:
@@ -111,9 +126,9 @@ def check_fit(lora: Lora, layout: Layout, configuration: Path) -> None:
 
     The model's are told by its layout, and by the folder that has its `configuration`.
     """
-    strangers = [part for part in parts_of(lora.file) if part not in layout.parts]
-    tensors, own = shapes_of(lora.file) or {}, text_width(configuration)
-    reading = [shape for name, shape in tensors.items() if re.match(_READING_TEXT, name)]
+    strangers = [part for part in lora.parts if part not in layout.parts]
+    own = text_width(configuration)
+    reading = [shape for name, shape in lora.tensors.items() if re.match(_READING_TEXT, name)]
     widths = {shape[1] for shape in reading if len(shape) > 1}
     if strangers:
         fault = f"changes {' and '.join(strangers)}, which the model does not have"
@@ -122,14 +137,6 @@ def check_fit(lora: Lora, layout: Layout, configuration: Path) -> None:
     else:
         return
     raise InputError(f"--lora must be of the model's own family, but {lora.name} {fault}")
-
-
-def parts_of(file: Path) -> list[str]:
-    """The pipeline's parts that a LoRA changes, as far as its tensors' names tell."""
-    names = shapes_of(file) or {}
-    return [
-        part for part, pattern in _PARTS.items() if any(re.match(pattern, name) for name in names)
-    ]
 
 
 def _fetched(name: str, offline: bool) -> Path:

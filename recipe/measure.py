@@ -29,7 +29,7 @@ from recipe.data import Pictures, Studio, pictures, training_scene
 from recipe.fidelity import features, precision_recall, single_renders
 from recipe.judge import measure_judge, round_trip
 from recipe.unet import Denoiser, repaint
-from segmentation import ClipSeg, classify, embed_prompts, segment
+from segmentation import ClipSeg, classify
 from settings import Tempering
 from sheets import Panel, sheet
 
@@ -159,19 +159,15 @@ def colour_accuracy(judge: Judge, held_out: Pictures, images: Pixels) -> float:
 
 def clipseg_figures(clipseg: ClipSeg, held_out: Pictures) -> dict[str, float]:
     """Mean IoU of full prompts at threshold 0.5, and the response to what is not there."""
-    draw = random.Random(0)
     overlaps, strangers, mistaken = [], [], []
-    for scene, slots, pixels in zip(held_out.scenes, held_out.slots, held_out.images, strict=True):
-        shown = [placed.noun for placed in scene.placed]
-        names = {noun.subject for noun in shown}
-        absent = Noun(draw.choice([s for s in SUBJECTS if s not in names]), shown[0].colour)
-        embeddings = embed_prompts(clipseg, [noun.phrase() for noun in (*shown, absent)])
-        found = segment(clipseg, [Image.fromarray(pixels)], embeddings[None])[0].numpy()
+    images = map(Image.fromarray, held_out.images)
+    all_found = reliability.found_in(clipseg, images, held_out.scenes)
+    for found, slots in zip(all_found, held_out.slots, strict=True):
         for slot, mask in enumerate(found[:-1] > 0.5, start=1):
             truth = slots == slot
             overlaps.append((mask & truth).sum() / (mask | truth).sum())
         strangers.append(found[-1].mean())
-        mistaken.append(bool((classify(torch.from_numpy(found), 0.1) == len(shown)).any()))
+        mistaken.append(bool((classify(torch.from_numpy(found), 0.1) == len(found) - 1).any()))
     return {
         "mean_iou": round(float(np.mean(overlaps)), 4),
         "absent_mean_probability": round(float(np.mean(strangers)), 4),

@@ -8,7 +8,7 @@ gives 0.7, seven in ten should be the subject's (Guo et al. 2017, arXiv:1706.045
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 
 from pocket.images import as_pixels
 from pocket.world import SUBJECTS, Noun, caption
-from recipe.data import Pictures
+from recipe.data import Pictures, Scene
 from recipe.tokenizer import tokenize
 from recipe.unet import SCHEDULE, Denoiser, predicted
 from recipe.vae import latents
@@ -93,18 +93,26 @@ def responses(
     clipseg: ClipSeg, images: Sequence[Image.Image], seen: Pictures
 ) -> tuple[Floats, Floats]:
     """Probabilities of all pixels for what is there and for a stranger; 1 where it is, else 0."""
-    draw = random.Random(0)
     said: list[Floats] = []
     true: list[Floats] = []
-    for image, scene, slots in zip(images, seen.scenes, seen.slots, strict=True):
-        shown = [placed.noun for placed in scene.placed]
-        names = {noun.subject for noun in shown}
-        absent = Noun(draw.choice([each for each in SUBJECTS if each not in names]))
-        embeddings = embed_prompts(clipseg, [noun.phrase() for noun in (*shown, absent)])
-        said.append(segment(clipseg, [image], embeddings[None])[0].double().numpy().ravel())
-        slot = np.arange(1, len(shown) + 2)[:, None, None]  # the stranger's is nowhere
+    for found, slots in zip(found_in(clipseg, images, seen.scenes), seen.slots, strict=True):
+        said.append(found.astype(float).ravel())
+        slot = np.arange(1, len(found) + 1)[:, None, None]  # the stranger's is nowhere
         true.append((slots == slot).astype(float).ravel())
     return np.concatenate(said), np.concatenate(true)
+
+
+def found_in(
+    clipseg: ClipSeg, images: Iterable[Image.Image], scenes: Iterable[Scene]
+) -> Iterator[NDArray[np.float32]]:
+    """Of each image the probabilities (N + 1, 64, 64) of its N subjects, and of a stranger."""
+    draw = random.Random(0)
+    for image, scene in zip(images, scenes, strict=True):
+        shown = [placed.noun for placed in scene.placed]
+        names = {noun.subject for noun in shown}
+        absent = Noun(draw.choice([s for s in SUBJECTS if s not in names]), shown[0].colour)
+        embeddings = embed_prompts(clipseg, [noun.phrase() for noun in (*shown, absent)])
+        yield segment(clipseg, [image], embeddings[None])[0].numpy()
 
 
 def draw(found: Mapping[int, Mapping[str, Any]]) -> Figure:
