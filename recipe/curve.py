@@ -17,11 +17,14 @@ from matplotlib.figure import Figure
 
 import outputs
 from pocket.judge import load_judge
+from pocket.world import SUBJECTS
 from recipe.data import Studio
+from recipe.fidelity import NEIGHBOURS
 from recipe.measure import FIGURES, denoiser, fidelity_figures, pocket, single_figures
 
 GUIDANCE_SCALE = 5.0
-SHARES = {"all_ok": "one subject, all OK", "precision": "precision", "recall": "recall"}
+SHARES = {"all_ok": "one subject, all OK", "precision": "precision"}
+FEWEST = len(SUBJECTS) * (NEIGHBOURS + 1)  # pictures: precision needs neighbours in each subject
 
 Point = dict[str, float]
 
@@ -31,6 +34,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
     parser.add_argument("--pictures", type=int, default=200, help="pictures a figure")
     args = parser.parse_args()
+    if args.pictures < FEWEST:
+        parser.error(f"--pictures must be at least {FEWEST}, got {args.pictures}")
     points = measure(args.work, args.pictures)
     FIGURES.with_name("curve.json").write_text(json.dumps(points, indent=2) + "\n", "utf-8")
     outputs.save_figure(FIGURES.with_name("curve.png"), draw(points))
@@ -47,8 +52,8 @@ def measure(work: Path, count: int) -> list[Point]:
         step = int(path.stem.removeprefix("unet-"))
         networks.load_state_dict(torch.load(path, weights_only=True))
         single = single_figures(pipe, judge, count, GUIDANCE_SCALE)
-        whole = fidelity_figures(pipe, judge, studio, max(1, count // 25), GUIDANCE_SCALE)["mean"]
-        shares = {"all_ok": single["all_ok"], **{k: whole[k] for k in ("precision", "recall")}}
+        whole = fidelity_figures(pipe, judge, studio, count // len(SUBJECTS), GUIDANCE_SCALE)
+        shares = {"all_ok": single["all_ok"], "precision": whole["mean"]["precision"]}
         points.append({"step": step, "loss": loss_before(step, lines), **shares})
     return points
 
