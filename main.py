@@ -571,6 +571,13 @@ def repeat(number: int) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; an interrupted one at once: Python would wait for a download's threads."""
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     heed_signals()
-    sys.exit(main())
+    leave(main())
