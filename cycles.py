@@ -8,7 +8,6 @@ as it lives: a kill ends it, too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,13 +21,15 @@ from PIL import Image
 import outputs
 from budget import Energies
 from calibration import energies_of
-from errors import InputError
+from errors import InputError, ResourceError, one_line
 from prompts import Prompt
 
 Row = dict[str, Any]
 Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and its seed
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
+OTHER_CALLS = ("plain_calls", "tempered_calls")  # which not all rows tell of
+MOST = 2**53  # no number of a row is as large: float64 holds smaller ones exactly
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
 SAMPLE = 128  # of the plain pictures, whose energies tell what the budget pays for
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
@@ -72,10 +73,14 @@ class Records:
     def rows(self) -> Iterator[tuple[Key, Row]]:
         """All whole rows of this evaluation's cycles, in no order; of a cycle the last counts."""
         mine = set(self.keys)
+        return ((key, row) for key, row in self.all_rows() if key in mine)
+
+    def all_rows(self) -> Iterator[tuple[Key, Row]]:
+        """The same with those of other seeds and prompts."""
         for file in _files(self.folder, "cycles"):
             for row in outputs.each_json_line(file):
-                if is_whole(row) and (key := key_of(row)) in mine:
-                    yield key, row
+                if is_whole(row):
+                    yield key_of(row), row
 
     def is_painted(self, key: Key) -> bool:
         """Whether both pictures of a cycle are there and sound."""
@@ -133,14 +138,15 @@ def is_whole(row: Row) -> bool:
     """Whether a row holds all that a summary takes from it."""
     try:
         figures = [row[name][figure] for name in PICTURES for figure in FIGURES]
-        calls = [
-            row["unet_calls"],
-            *(row[n] for n in ("plain_calls", "tempered_calls") if n in row),
-        ]
-        finite = all(math.isfinite(number) for number in (*figures, *calls))
-        whole = all(type(number) is int for number in key_of(row))
-        return finite and whole and {"model", "dtype"} <= row.keys()
-    except (KeyError, TypeError, OverflowError):
+        calls = [row["unet_calls"], *(row[n] for n in OTHER_CALLS if n in row)]
+        origin = [row["model"], row["dtype"], row.get("flags", "")]
+        return (
+            all(-MOST < number < MOST for number in (*figures, row.get("seconds", 0)))
+            and all(type(number) is int for number in (*key_of(row), *calls))
+            and all(0 <= number < MOST for number in calls)
+            and all(isinstance(text, str) for text in origin)
+        )
+    except (KeyError, TypeError):
         return False
 
 
@@ -155,16 +161,25 @@ def is_sound(file: Path) -> bool:
     return data.endswith(PNG_END)
 
 
+def picture(file: Path) -> Image.Image:
+    """A picture from disk, in RGB. Raises ResourceError, which says what helps."""
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # as above
+        text = f"can not read {file} ({one_line(error)}): delete it, and --resume paints it again"
+        raise ResourceError(text) from error
+
+
 def prepare(folder: Path) -> None:
     """Make `folder` ready for a run that goes on there: what killed runs have left is removed.
 
-    Raises ResourceError where another run still paints in it.
+    Raises ResourceError where another run still paints in it, and where it can not be read.
     """
     for lock in folder.glob(_lock_file(folder, "*").name):
         with outputs.locked(lock, TAKEN):
             pass
-    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        outputs.remove_leftovers(place)
+    outputs.remove_leftovers(folder)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ import judging
 import outputs
 import prompts
 from cycles import PICTURES, Key, Records, Row
-from errors import InputError, TemperingError
+from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
 from painting import Batch, free_memory, paint, plain, watch
@@ -40,8 +40,11 @@ from summary import metrics, summarise
 from tempering import Watched
 
 Decided = TypeVar("Decided")
-# What run.json tells of a run that can not be known without its models.
-OF_MODELS = {"model", "dtype", "device", "scheduler", "versions", "started"}
+# What run.json tells of a run that can not be known without its models, and its flags.
+OF_MODELS = {
+    **dict.fromkeys(("model", "dtype", "device", "scheduler", "started"), str),
+    **dict.fromkeys(("versions", "arguments"), dict),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Begun:
 
     folder: Path
     painted: tuple[Key, ...] = ()  # cycles that have a row, in the order of the set
-    origins: tuple[tuple[str, str, str | None], ...] = ()  # of these rows: model, dtype, flags
+    origins: tuple[tuple[str, str, str | None], ...] = ()  # of all rows: model, dtype, flags
     noted: tuple[frozenset[NoteKey], ...] = (frozenset(),) * len(JUDGES)  # by each of JUDGES
 
 
@@ -116,11 +119,24 @@ def seeds_of(request: Request) -> range:
 def shared_state(request: Request) -> PartialState | None:
     """accelerate's state where a launcher started several processes.
 
-    Raises InputError where it was told to, and has started one: without a GPU it knows no better.
+    Raises InputError where it was told to, and has started one: without a GPU it knows no better;
+    and for an environment that no launcher has made.
     """
     if "WORLD_SIZE" in os.environ:
         # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
-        return PartialState(cpu=pick_device(request.models.device).type == "cpu")
+        on_cpu = pick_device(request.models.device).type == "cpu"
+        try:
+            return PartialState(cpu=on_cpu)
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "WORLD_SIZE must be unset, or stand beside all else that a launcher sets, got "
+                f"{os.environ['WORLD_SIZE']!r} ({one_line(error)})"
+            ) from error
+        except RuntimeError as error:  # torch.distributed's
+            raise TemperingError(
+                f"the processes of this run do not find each other ({one_line(error)}): start all "
+                "of them again"
+            ) from error
     # What `accelerate launch --num_processes 2` leaves in the environment of its only process.
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
         again = shlex.join(["main.py", *sys.argv[1:]])
@@ -160,7 +176,7 @@ def begin(request: Request) -> Begun:
         return Begun(outputs.new_run_folder(request.output, request.title, request.begun))
     cycles.prepare(request.resume)
     records = Records(request.resume, request.all_prompts, seeds_of(request))
-    found = {key: origin_of(row) for key, row in records.rows()}
+    found = {key: origin_of(row) for key, row in records.all_rows()}
     return Begun(
         records.folder,
         painted=tuple(key for key in records.keys if key in found),
@@ -182,7 +198,7 @@ def facts_of(models: Models, records: Records, begun: Begun, *, needed: bool) ->
         earlier = outputs.read_json(records.folder / "run.json")
     except InputError:  # new, or damaged
         earlier = {}
-    known = earlier.keys() >= OF_MODELS and isinstance(earlier.get("arguments"), dict)
+    known = all(isinstance(earlier.get(name), kind) for name, kind in OF_MODELS.items())
     if known and not needed and models.session is None:
         free = {name: models.request.arguments[name] for name in FREE_ON_RESUME}
         return {**earlier, "arguments": {**earlier["arguments"], **free}}

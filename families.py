@@ -70,7 +70,9 @@ class Family(ABC):
     A family says how it encodes prompts, predicts, and decodes; it knows no schedule.
     """
 
-    upcasts_vae = False  # to float32 for decoding, where float16 would overflow in it
+    # To float32 for decoding, where its float16 may overflow. The VAE's own `force_upcast` is true
+    # by default, so it counts only where the family has such VAEs.
+    upcasts_vae = False
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -427,7 +429,7 @@ def linear_map(vae: Any, device: torch.device | str) -> Tensor:
     Taken from `LINEAR_MAPS` where the VAE's family is known, else fitted on `device`.
     """
     config = vae.config
-    # Every VAE of these families has 4 channels and 4 levels; the factor then tells which it is.
+    # Those of Stable Diffusion 1 to XL have 4 channels and 4 levels; the factor tells which it is.
     family = config.scaling_factor, config.latent_channels, len(config.block_out_channels)
     known = LINEAR_MAPS.get(family[0]) if family[1:] == (4, 4) else None
     return fit_linear_map(vae, device) if known is None else torch.tensor(known)

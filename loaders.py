@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hub
 import loras
-from errors import InputError, ModelError, TemperingError, memory_errors, one_line
+from errors import InputError, ModelError, TemperingError, importing, memory_errors, one_line
 from kinds import (
     BLIP_VQA,
     CLIP,
@@ -27,10 +28,11 @@ from kinds import (
     SEGMENTER,
     VAE,
     Layout,
+    latent_channels,
     layout_of,
     shapes_of,
 )
-from loras import Lora, parts_of
+from loras import Lora
 from settings import PREDICTION_TYPES
 
 if TYPE_CHECKING:
@@ -113,14 +115,40 @@ def load_pipeline(
         hub.check(model, kind)
     if vae is not None:
         hub.check(vae, VAE)
-    for each in lora:
-        loras.check(each)
+    for text in lora:
+        loras.check(text)
     target = pick_device(device)
     pick_dtype(dtype, target)
     if offload is not None and offload not in OFFLOADS:
         raise InputError(f"--offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload is not None and target.type == "cpu":
         raise InputError(f"--offload needs a GPU, but this run is on the cpu, got {offload!r}")
+
+    admit = admission(scheduler, prediction_type, sizes)
+    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
+    layout = layout_of(source, kind)
+    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
+    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
+    if vae_source is not None:
+        got, own = latent_channels(vae_source), latent_channels(configuration / "vae")
+        if got and own and got != own:
+            raise InputError(f"--vae must take latents of {own} channels, but {vae!r} takes {got}")
+    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
+    for each in found_loras:
+        loras.check_fit(each, layout, configuration)
+    precision = _precision(source, dtype, target, layout.on_flows)
+    pipe = _pipeline(source, layout, configuration, vae_source, precision)
+    with _loading(source):
+        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
+        set_scheduler(pipe, scheduler or default_scheduler(pipe))
+    add_loras(pipe, found_loras)
+    return place(pipe, target, offload)
+
+
+def admission(
+    scheduler: str | None, prediction_type: str | None, sizes: Sequence[int | None]
+) -> hub.Admit:
+    """What raises InputError for a model of a family that does not do what the flags ask for."""
 
     def admit(layout: Layout) -> None:
         if scheduler is not None:
@@ -132,24 +160,20 @@ def load_pipeline(
             text = "--prediction_type must not be given with Stable Diffusion 3"
             raise InputError(f"{text}, got {prediction_type!r}")
 
-    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
-    layout = layout_of(source, kind)
-    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
-    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
-    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
-    precision = _precision(source, dtype, target, layout.on_flows)
-    pipe = _pipeline(source, layout, configuration, vae_source, precision)
-    with _loading(source):
-        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
-        set_scheduler(pipe, scheduler or default_scheduler(pipe))
-    add_loras(pipe, found_loras)
+    return admit
+
+
+def place(
+    pipe: DiffusionPipeline, device: torch.device, offload: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline on its device; of an `offload` only what runs there, a picture at a time."""
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
         if offload is None:
-            return pipe.to(target)
+            return pipe.to(device)
         pipe.vae.enable_slicing()
         pipe.vae.enable_tiling()
-        getattr(pipe, OFFLOADS[offload])(device=target)
+        getattr(pipe, OFFLOADS[offload])(device=device)
         return pipe
 
 
@@ -172,7 +196,8 @@ def _pipeline(
         try:
             pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
         except Exception:
-            _name_gaps(source, configuration)
+            if source.is_file():
+                _name_gaps(source, configuration)
             raise
         if source.is_file() and "text_encoder_3" in layout.parts:
             # diffusers leaves the second name of T5's embeddings on "meta", and its dropout on.
@@ -223,8 +248,10 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
                     folder, weight_name=name, adapter_name=adapter, local_files_only=True
                 )
             changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
-            if strangers := [part for part in parts_of(lora.file) if part not in changed]:
+            if strangers := [part for part in lora.parts if part not in changed]:
                 raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
+            if not changed:
+                raise ValueError("it names no part that it would change")
         except TemperingError:
             raise
         except Exception as error:  # of diffusers, of peft, of torch: whatever they stumble over
@@ -450,15 +477,15 @@ def _classes(folder: Path) -> dict[str, Any]:
     return {name: cls for name, cls in classes.items() if hasattr(cls, "named_parameters")}
 
 
-def _name_gaps(source: Path, configuration: Path) -> None:
+def _name_gaps(file: Path, configuration: Path) -> None:
     """Raise ValueError for the first network that a single file does not hold whole.
 
     A pipeline says only that something does not fit. Its networks, each by itself, say what.
     """
     for name, cls in _classes(configuration).items():
-        if source.is_file() and hasattr(cls, "from_single_file"):
+        if hasattr(cls, "from_single_file"):
             try:
-                _check_whole(name, _load(cls, source, configuration / name))
+                _load(_checking(cls, name), file, configuration / name)
             except Exception as error:
                 raise ValueError(f"of the {name}: {one_line(error)}") from error
 
@@ -475,14 +502,28 @@ def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[st
 def _network(cls: Any, part: str, source: Path, configuration: Path, precision: torch.dtype) -> Any:
     """One network from a folder or a single file. Raises ValueError where it is not whole."""
     if source.is_file():
-        network = _load(cls, source, configuration)  # a dtype would be the end of one with gaps
-        _check_whole(part, network)
-        return network.to(precision)
+        network = _load(_checking(cls, part), source, configuration, torch_dtype=precision)
+        network.__class__ = cls
+        return network
     # What has another shape would otherwise end the loading, uncounted, in words of a library.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     network, report = _load(cls, source, configuration, torch_dtype=precision, **options)
     _check_whole(part, network, report["missing_keys"], report["mismatched_keys"])
     return network
+
+
+def _checking(cls: Any, part: str) -> Any:
+    """The class, whose networks check that they are whole before they are moved.
+
+    From a single file diffusers moves a network at once, which ends without a name for what lacks.
+    """
+
+    class Checking(cls):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            _check_whole(part, self)
+            return super().to(*args, **kwargs)
+
+    return Checking
 
 
 def _check_whole(
@@ -539,10 +580,11 @@ def _check_length(tokenizer: Any, text: Any) -> None:
 @contextmanager
 def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    _quiet()
-    # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
-    # weights either.
-    getattr(import_module("diffusers"), pipeline)
+    with importing():  # for real, since diffusers is lazy: this is no fault of the weights
+        torch = import_module("torch")
+        _quiet()
+        getattr(import_module("diffusers"), pipeline)
+    before = torch.get_default_dtype()
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.
@@ -555,6 +597,8 @@ def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterato
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
+    finally:
+        torch.set_default_dtype(before)  # which they change, and forget where something fails
 
 
 def _quiet() -> None:
@@ -567,7 +611,7 @@ def _quiet() -> None:
     had_bars = not are_progress_bars_disabled()
     for library in ("transformers", "diffusers"):  # advice starts while diffusers is imported
         log = import_module(f"{library}.utils.logging")
-        log.set_verbosity_error()
+        log.set_verbosity(CRITICAL)  # errors, too: they are raised as well
         log.disable_progress_bar()
     if had_bars:  # transformers' switch turned them off as well
         enable_progress_bars()

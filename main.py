@@ -4,17 +4,24 @@ Nothing heavy is imported before the arguments are known to be valid. A Python t
 the other files can read this one, and is told so.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to keep, it just ends
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.stderr.write("error: Python 3.10 to 3.13 is needed: start init.py with another one\n")
     sys.exit(2)
 
+import _thread
 import argparse
 import importlib
-import signal
+import io
+import os
 import subprocess
 import textwrap
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -29,8 +36,8 @@ import loaders
 import loras
 import prompts
 from budget import THRESHOLDS, Energies
-from errors import InputError, TemperingError, memory_errors
-from outputs import check_writable, read_json
+from errors import InputError, ResourceError, TemperingError, importing, memory_errors
+from outputs import check_writable, encodable, read_json
 from settings import (
     DEFAULT_MOST,
     DEFAULT_STEPS,
@@ -82,6 +89,7 @@ P: Options = {"type": float, "metavar": "P"}
 FOLDER: Options = {"type": Path, "metavar": "FOLDER"}
 
 # A flag has the name and the default of its setting; None is told in its own words.
+MULTIPLE = "pixels, a multiple of 8, with Stable Diffusion 3 of 16 (default: the model's)"
 OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
@@ -111,8 +119,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
-        "height": (N, "pixels, a multiple of 8 (default: the model's)"),
-        "width": (N, "pixels, a multiple of 8 (default: the model's)"),
+        "height": (N, MULTIPLE),
+        "width": (N, MULTIPLE),
     },
     "tempering": {
         "steps": (N, "denoising steps"),
@@ -275,7 +283,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (failed at run time), 2 (bad input) or 130 (Ctrl-C)."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        run(words)
+        try:
+            prepare_streams()
+            run(words)
+        finally:
+            flush_results()
     except (KeyboardInterrupt, Exception) as error:
         # Libraries that are interrupted while they are imported raise whatever comes of it.
         if heeded or isinstance(error, KeyboardInterrupt):
@@ -283,13 +295,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         if "--debug" in words:
             traceback.print_exc()
-        known = isinstance(error, TemperingError)
-        print(f"error: {error if known else unexpected(error)}", file=sys.stderr)
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, TemperingError) else 1
     return 0
 
 
-def unexpected(error: Exception) -> str:
+def prepare_streams() -> None:
+    """Closed streams lead nowhere; others show as escapes what their encoding does not have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_results() -> None:
+    """Raise ResourceError where nobody reads stdout any more, or it is on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again at its end, and complain in words of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ResourceError(unheard(error)) from error
+
+
+def unheard(error: OSError) -> str:
+    return f"can not write to standard output ({error.strerror})"
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says to the user."""
+    if isinstance(error, TemperingError):
+        return str(error)
+    if isinstance(error, BrokenPipeError):  # of stdout without a buffer
+        return unheard(error)
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)"
 
@@ -301,13 +341,8 @@ def run(words: Sequence[str]) -> None:
     if flow == "update":
         sys.exit(subprocess.call([sys.executable, str(INIT), "--update"]))
     request = to_request(args)
-    try:
+    with importing():
         flow_module = importlib.import_module(MODULES[flow])
-    except ModuleNotFoundError as error:
-        raise TemperingError(
-            f"{error.name} is not installed in this Python: start with `python init.py` and the "
-            "same flags, or activate .venv"
-        ) from error
     with memory_errors():
         flow_module.run(request)
 
@@ -493,7 +528,7 @@ def to_request(args: argparse.Namespace) -> Request:
         evaluate=args.evaluate,
         cycles=args.cycles,
         prompt_set=asked,
-        set_name=Path(args.prompts_file).stem if asked else None,
+        set_name=encodable(Path(args.prompts_file).stem) if asked else None,
         batch=args.batch,
         judges=None if args.judge is None else tuple(args.judge),
         calibration=args.calibration,
@@ -501,7 +536,7 @@ def to_request(args: argparse.Namespace) -> Request:
         resume=args.resume,
         blind=args.blind,
     )
-    check_models(request.models)
+    check_models(request.models, settings)
     if args.calibration:
         calibration.load(args.calibration).check(known_origin(request), args.calibration)
     check_writable(args.resume or args.output)
@@ -532,17 +567,22 @@ def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
     )
 
 
-def check_models(models: Models) -> None:
-    """Raise InputError for names that can not mean a model or a scheduler."""
+def check_models(models: Models, settings: Tempering) -> None:
+    """Raise InputError for names that can not mean a model or a scheduler.
+
+    Of a model on this machine for settings, too, that its family does not do.
+    """
     if models.scheduler is not None:
         loaders.scheduler_name(models.scheduler)
-    for name, kind in (
-        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
-        (models.clipseg, kinds.SEGMENTER),
-        (models.vae, kinds.VAE),
+    sizes = settings.height, settings.width
+    admit = loaders.admission(models.scheduler, models.prediction_type, sizes)
+    for name, kind, fits in (
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare, admit),
+        (models.clipseg, kinds.SEGMENTER, hub.anything),
+        (models.vae, kinds.VAE, hub.anything),
     ):
         if name is not None:
-            hub.check(name, kind)
+            hub.check(name, kind, fits)
     for lora in models.lora:
         loras.check(lora)
 
@@ -585,16 +625,39 @@ def heed_signals() -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
             signal.signal(number, interrupt)
+    sys.unraisablehook = interrupt_again
 
 
 def interrupt(number: int, frame: object) -> None:
     """Raise KeyboardInterrupt; others than Ctrl-C once, for launchers send them several times."""
-    heeded.append(number)
-    if number != signal.SIGINT:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    if number == signal.SIGINT or number not in heeded:
+        heeded.append(number)
+        raise KeyboardInterrupt
+
+
+def interrupt_again(ignored: Any) -> None:
+    """Repeat a signal that came while Python tidied up, where whatever is raised is ignored."""
+    if heeded and ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, repeat, [heeded.pop()]).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
+def repeat(number: int) -> None:
+    """Send this process's first thread a signal."""
+    if os.name == "nt":
+        _thread.interrupt_main(signal.Signals(number))
+    else:  # which wakes it, too, where it waits
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; an interrupted one at once: Python would wait for a download's threads."""
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     heed_signals()
-    sys.exit(main())
+    leave(main())

@@ -18,6 +18,8 @@ VERSION = "0.1.0"
 # torch's CPU generator keeps 32 bits of a seed: larger ones would repeat smaller ones' pictures.
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
+MAX_CANDIDATES = 1000  # all of a round are in memory together
+MAX_CYCLES = 1_000_000  # of all prompts; what is done of them is known by a list
 PREVIEWS = ("vae", "linear")
 UNCERTAINTIES = ("class", "pixel")
 JUDGES = ("pocket", "owlv2", "blip-vqa")
@@ -95,7 +97,7 @@ class Tempering:
                 _real(name, getattr(self, name), 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
         _real("cooling", self.cooling, 0, 1)
-        _whole("candidates", self.candidates, 1, None)
+        _whole("candidates", self.candidates, 1, MAX_CANDIDATES)
         _choice("uncertainty", self.uncertainty, UNCERTAINTIES)
         _real("background", self.background, 0, 1)
         if self.guidance_scale is not OF_THE_FAMILY:
@@ -169,7 +171,9 @@ class Request:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
-        _whole("cycles", self.cycles, 1, None)
+        prompts = len(self.all_prompts)
+        each = f" ({MAX_CYCLES} in all, of {prompts} prompts)" * (prompts > 1)
+        _whole("cycles", self.cycles, 1, MAX_CYCLES // prompts, each)
         if self.batch is not None:
             _whole("batch", self.batch, 1, None)
         for judge in self.judges or ():

@@ -6,8 +6,13 @@ Whatever talks to a Hub runs in a process of its own, against the stand-in of lo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +27,7 @@ from kinds import MODEL, SEGMENTER, STABLE_DIFFUSION, VAE
 
 __all__ = ["hub"]  # a fixture is used by its name
 
+REPOSITORY = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FORMS = "a folder, a .safetensors file, a Hub id or pocket"
 
@@ -215,6 +221,37 @@ def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -
     said = ask(hub.environment(tmp_path))
     assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
     assert hub.downloads().count(f"{STABLE_DIFFUSION}/{UNET}") == 2
+
+
+def test_a_download_that_stalls_is_taken_up(hub: Hub, tmp_path: Path) -> None:
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=2, reset=True, stalls=3)
+    environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    said = ask(environment, STABLE_DIFFUSION)
+    assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_no_dead_line(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", stalls=100)  # seconds
+    environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "100"}
+    words = ["--tempered_inference", "--prompts", "a dog", "--output", str(tmp_path / "runs")]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *words],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 200
+    while f"{STABLE_DIFFUSION}/{UNET}" not in hub.downloads():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=50)  # half of what the line is dead for
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(

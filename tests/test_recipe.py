@@ -20,8 +20,10 @@ from recipe.clipseg import PROMPTS, questions
 from recipe.data import Placed, Scene
 from recipe.judge import round_trip
 from recipe.measure import denoiser
+from recipe.reliability import binned, looked_at
 from recipe.training import bf16
 from recipe.unet import previews, repaint
+from settings import Tempering
 
 CAR = Noun("car", "red")
 SCENE = Scene((Placed(CAR, "noto", False, 8, 8, 48),), "a red car", (255,) * 3, (255,) * 3)
@@ -112,3 +114,20 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
             compiled[name], gradient, rtol=0.05, atol=0.02 * float(gradient.norm())
         )
         assert gradient.any(), name
+
+
+def test_what_is_said_as_often_as_it_is_true_has_no_calibration_error() -> None:
+    said = np.repeat([0.25, 0.75], 400)
+    true = np.tile([1.0, 0, 0, 0], 100).tolist() + np.tile([1.0, 1, 1, 0], 100).tolist()
+    honest = binned(said, np.array(true))
+    assert honest["error"] == 0
+    assert honest["mean"][2] == honest["frequency"][2] == 0.25
+    assert sum(honest["share"]) == 1
+    boastful = binned(np.where(said > 0.5, 0.95, 0.05), np.array(true))
+    assert boastful["error"] == pytest.approx(0.2)
+
+
+def test_a_look_sees_the_prediction_of_its_step() -> None:
+    steps = looked_at(Tempering())
+    assert list(steps) == [6, 15]
+    assert steps[6] > steps[15] > 0
