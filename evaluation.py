@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,15 +29,15 @@ import cycles
 import judging
 import outputs
 import prompts
+from calibrating import take_sample
 from cycles import PICTURES, Key, Records, Row
 from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
-from painting import Batch, free_memory, paint, plain, watch
+from painting import Batch, OnTheWay, free_memory, paint, plain
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
-from tempering import Watched
 
 Decided = TypeVar("Decided")
 # What run.json tells of a run that can not be known without its models, and its flags.
@@ -248,10 +248,10 @@ def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key], 
         return facts.get("thresholds", {})
     session = models.open()
     batch = Batch(models.request.batch, session.painter.sampler.family.device)
-    begun: dict[Key, Watched] = {}
+    begun: dict[Key, OnTheWay] = {}
     if needs_sample(session, records):
-        begun = watch_sample(session, records, rank, mine, batch)
-        session = session.calibrated(calibration.load(records.folder / calibration.FILE))
+        sample, begun = take_sample(session, records, rank, mine, batch)
+        session = session.calibrated(sample)
     thresholds = session.thresholds
     if rank == 0:
         outputs.save_json(records.folder / "run.json", {**facts, "thresholds": thresholds})
@@ -269,33 +269,6 @@ def needs_sample(session: Session, records: Records) -> bool:
     by_hand = None not in (request.settings.accept, request.settings.early_accept)
     enough = len(records.keys) >= calibration.FEWEST
     return settings.annealed and enough and not given and not by_hand
-
-
-def watch_sample(
-    session: Session, records: Records, rank: int, mine: Sequence[Key], batch: Batch
-) -> dict[Key, Watched]:
-    """See that the sample of energies is on disk; the plain pictures that are begun for it.
-
-    Processes share it without waiting for each other: each begins with its own cycles, and takes up
-    what nobody has seen by then. Whoever is first writes the sample down for all.
-    """
-    file = records.folder / calibration.FILE
-    with suppress(InputError):  # none yet, or damaged
-        calibration.load(file)
-        return {}
-    known, own = records.energies(), set(mine)
-    missing = [key for key in records.sample if key not in known]
-    begun = dict(watch(session, records, rank, [k for k in missing if k in own], batch))
-    for key in missing:
-        if key not in records.energies():
-            list(watch(session, records, rank, [key], batch))
-    try:
-        calibration.load(file)
-    except InputError:
-        known = records.energies()
-        energies = tuple(known[key] for key in records.sample)
-        calibration.save(file, calibration.Sample(session.origin, energies))
-    return begun
 
 
 def paint_singles(models: Models, alone: Sequence[Single]) -> None:

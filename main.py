@@ -545,16 +545,13 @@ def to_request(args: argparse.Namespace) -> Request:
 
 def known_origin(request: Request) -> calibration.Origin:
     """What can be told of a run's energies before its models are loaded."""
-    settings = request.settings
-    found = {
-        name: getattr(settings, name)
-        for name in ("steps", "stoptime", "look_guidance", "mirror", "preview")
-    }
-    if settings.guidance_scale is not None:
-        found["guidance_scale"] = settings.guidance_scale
+    settings = asdict(request.settings)
+    names = settings.keys() & calibration.NAMES.keys()
+    of_the_model = {n for n in ("guidance_scale", "height", "width") if settings[n] is None}
+    found = {name: settings[name] for name in names - of_the_model}
     if request.models.scheduler is not None:
         found["scheduler"] = loaders.scheduler_name(request.models.scheduler)
-    return {**found, "early_look": settings.looks[0]}
+    return {**found, "early_look": request.settings.looks[0]}
 
 
 def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import calibration
 import outputs
-from budget import THRESHOLDS
-from calibration import NAMES, Origin, Sample
+from budget import THRESHOLDS, Sample
+from calibration import NAMES, Origin
 from errors import blaming
 from families import Reader, family_of
 from hub import POCKET
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from segmentation import ClipSeg
 
-POCKETS_OWN = Path(__file__).parent / "pocket" / calibration.FILE
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "scipy")
 # The settings that a tempered picture's text names; the second ones mean something in rounds only.
 OF_A_ROUND = (
@@ -112,8 +111,7 @@ class Session:
 
     def calibrated(self, sample: Sample) -> Session:
         """The same run with thresholds that meet its budget, where they were not given."""
-        limits = self.painter.sought(sample.energies)
-        return replace(self, painter=self.painter.accepting(limits))
+        return replace(self, painter=self.painter.accepting(self.painter.sought(sample)))
 
     def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
         """A painter like this run's, of other prompts."""
@@ -250,14 +248,11 @@ def calibrated(session: Session) -> Session:
         return replace(session, painter=session.painter.accepting(request.limits))
     asked = request.calibration
     if asked:
-        sample = calibration.load(asked)
-        sample.check(session.origin, asked)
-        return session.calibrated(sample)
-    if POCKETS_OWN.is_file():  # not so where it is about to be taken for the first time
-        own = calibration.load(POCKETS_OWN)
-        if own.origin == session.origin:
-            return session.calibrated(own)
-    return session
+        given = calibration.load(asked)
+        given.check(session.origin, asked)
+        return session.calibrated(given.sample)
+    own = calibration.pockets_own()
+    return session.calibrated(own.sample) if own.origin == session.origin else session
 
 
 def lasting(name: str | None) -> str | None:
