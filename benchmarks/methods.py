@@ -68,14 +68,14 @@ class Models:
         cases: Sequence[Case],
         settings: Tempering,
         limits: Energies | None = None,
-        kind: type[Painter] = Painter,
+        kind: Callable[..., Painter] = Painter,
     ) -> Painter:
         """A painter of `cases`, which share one joiner."""
         settings = replace(settings, joiner=cases[0].prompt.joiner)
         prompts = [case.prompt.phrases for case in cases]
         return kind(self.pipe, self.clipseg, prompts, settings, limits)
 
-    def limits(self, settings: Tempering, kind: type[Painter] = Painter) -> Energies:
+    def limits(self, settings: Tempering, kind: Callable[..., Painter] = Painter) -> Energies:
         """The energies at which to stop, by a sample of prompts that are not reported.
 
         Of settings that give them both, there is nothing to be found.
@@ -91,7 +91,9 @@ class Models:
 
 
 @lru_cache
-def sample(models: Models, scheduler: str, settings: Tempering, kind: type[Painter]) -> Sample:
+def sample(
+    models: Models, scheduler: str, settings: Tempering, kind: Callable[..., Painter]
+) -> Sample:
     """A sample of `SAMPLE` pictures a subset, by the pipeline's `scheduler`."""
     pictures: list[tuple[Painter, Watched]] = []
     for number, prompts in enumerate(development().values()):
@@ -130,7 +132,7 @@ def tempered(
     settings: Tempering,
     *,
     calibrated: bool = True,
-    kind: type[Painter] = Painter,
+    kind: Callable[..., Painter] = Painter,
 ) -> list[Painted]:
     """This program; where it is not `calibrated`, by the rule that needs no sample."""
     limits = models.limits(settings, kind) if calibrated and settings.annealed else None
