@@ -176,7 +176,7 @@ def energy(probabilities: Tensor) -> float:
         scores[i] - torch.cat([scores[:i], scores[i + 1 :]]).amax(dim=0).clamp(min=0)
         for i in range(len(scores) if len(scores) > 1 else 0)
     ]
-    return float(1 - purest(torch.stack(alone), count).min()) if alone else 0.0
+    return max(0.0, float(1 - purest(torch.stack(alone), count).min())) if alone else 0.0
 
 
 def purest(values: Tensor, count: int) -> Tensor:

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import calibration
 import main
 import outputs
 from budget import Sample, Sampled, Stop
+from calibrating import take_sample
 from calibration import Calibration
+from cycles import Records
 from errors import InputError
+from evaluation import seeds_of
+from painting import Batch
 from session import open_session
 
 STEPS = ("--steps", "4", "--stoptime", "3", "--backsteps", "3", "--early_look", "1")
@@ -150,6 +155,20 @@ def test_whatever_is_lost_the_thresholds_are_the_same_again(
     assert told(copied) == told(evaluated.folder)
     assert calibration.load(copied) == calibration.load(evaluated.folder)
     assert outputs.read_json(copied / "run.json")["thresholds"] == evaluated.run["thresholds"]
+
+
+def test_however_cycles_are_shared_the_sample_is_the_same(evaluated: Done, copied: Path) -> None:
+    """A process that has every other cycle, and is faster than the one that has the rest."""
+    lose_the_sample(copied)
+    request = main.to_request(main.parse(["--resume", str(copied)]))
+    records = Records(copied, request.all_prompts, seeds_of(request))
+    mine = records.keys[::2]
+    batch = Batch(1, torch.device("cpu"))
+    sample, begun = take_sample(open_session(request), records, 1, mine, batch)
+    assert sample == calibration.load(evaluated.folder).sample
+    assert begun.keys() <= set(mine)
+    rounds = {key: row["rounds"] for key, row in rows_of(evaluated.folder).items()}
+    assert all(len(each.walk.rounds) <= rounds[key] for key, each in begun.items())
 
 
 def test_a_single_picture_uses_the_sample_of_an_evaluation_and_repeats_without_it(
