@@ -21,8 +21,8 @@ from typing import NamedTuple
 THRESHOLDS = ("accept", "early_accept")  # the settings that follow from a budget
 ALWAYS = 0.0  # as an energy at the early look where there is none: everything passes it
 LOWEST = 0.0  # no energy is lower, so a picture that has it goes no further
-# The share of plain pictures that passes the early look. On the pocket that finds good pictures for
-# fewest evaluations, or within 5 % of it, at whatever threshold of the last look.
+# The share of plain pictures that passes the early look. On the pocket an attempt at a good picture
+# then costs the least, or within 5 % of it, be 30 or 90 % of them good at the last look.
 PROMISING = 0.75
 # Who has no sample of their own, doubts these thresholds when attempts fail that together are as
 # unlikely to.
