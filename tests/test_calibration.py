@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calls import Done, call
 
 import calibration
 import main
@@ -30,31 +28,6 @@ FEW = ("--model", "pocket", "--device", "cpu", "--dtype", "fp32", "--judge", "no
 PAINT = ("--tempered_inference", *FEW)
 SET = "a cat | a dog\na red car | a blue bowl\na bear | a crown\n"
 CYCLES = 6  # of each of the three prompts
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a call of the program ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out.splitlines()[-1])
-
-    @property
-    def run(self) -> dict[str, Any]:
-        return outputs.read_json(self.folder / "run.json")
-
-
-def call(*words: str) -> Done:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main.main(words)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import pytest
 import tiny_judges
 import torch
 from accelerate import PartialState
+from calls import Done, call
 from loopback import Hub, closed_url, files_of
 from pictures import farthest
 from PIL import Image
@@ -53,27 +51,6 @@ a lion | a red car | a blue bowl
 """
 SUMMARIES = ("summary.json", "summary.csv", "summary.md")
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a call of the program ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out.splitlines()[-1])
-
-
-def call(*words: str) -> Done:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main.main(words)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from calls import Done, call, run_of
 from loopback import Hub, closed_url, hub_environment, pocket_repositories
 from PIL import Image
 
@@ -53,33 +52,6 @@ PATIENCE = 300  # seconds; only a process that hangs takes so long
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a call of the program ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder, which is the last line of its output."""
-        return Path(self.out.splitlines()[-1])
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """The content of the run's run.json."""
-        return run_of(self.folder)
-
-
-def call(*words: str) -> Done:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main.main(words)
-    return Done(code, out.getvalue(), err.getvalue())
-
-
 def start(*words: str, env: Mapping[str, str] = os.environ) -> subprocess.Popen[str]:
     """Start the command line in a process of its own."""
     return subprocess.Popen(
@@ -99,11 +71,6 @@ def finish(process: subprocess.Popen[str]) -> Done:
     finally:
         process.kill()
     return Done(process.returncode, out, err)
-
-
-def run_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return content
 
 
 def names(folder: Path) -> set[str]:
