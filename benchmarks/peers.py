@@ -192,8 +192,8 @@ def over_paths(
         sampler.denoise(kept, step)
         for _ in range(times):
             up = max(0, step - round(UP * steps))
-            step = min(steps - 1, up + round(DOWN * steps))
             tried = [noisier(sampler, each, step, up) for each in kept for _ in range(copies)]
+            step = min(steps - 1, up + round(DOWN * steps))
             begun = [*begun, *tried]
             sampler.denoise(tried, step)
             states = sorted(painter.examine(tried, step), key=lambda state: state.view.energy)
