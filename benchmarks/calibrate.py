@@ -20,6 +20,7 @@ from budget import Sample, descend, passing
 from calibration import POCKETS_OWN, Calibration
 from main import parse, to_request
 from session import Session, open_session
+from settings import DEFAULT_MOST
 from tempering import Painter, Watched, walked
 
 BUDGETS = (1.1, 1.3, 1.5, 2.0, 3.0)  # the last is how far the sample walks
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sample = walked(watched(session, args.pictures))
     calibration.save(POCKETS_OWN, Calibration(session.origin, sample))
     for each in BUDGETS:
-        print(bought(sample, each, session.painter.settings.max_cost))
+        print(bought(sample, each))
     return 0
 
 
@@ -56,9 +57,9 @@ def watched(session: Session, count: int) -> list[tuple[Painter, Watched]]:
     return found
 
 
-def bought(sample: Sample, budget: float, max_cost: float) -> str:
+def bought(sample: Sample, budget: float) -> str:
     """Thresholds of a budget, and how many plain pictures of the sample pass them."""
-    limits = descend(sample, budget, max_cost).limits
+    limits = descend(sample, budget, DEFAULT_MOST * budget).limits
     return (
         f"budget {budget:g}: early_accept {limits.early:.3f}, accept {limits.last:.3f}; "
         f"{passing(sample, limits):.0%} pass both"
