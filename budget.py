@@ -13,9 +13,11 @@ Costs are evaluations of the denoiser; a budget is in plain pictures. Everything
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heapreplace
+from statistics import fmean
 from typing import NamedTuple
 
 THRESHOLDS = ("accept", "early_accept")  # the settings that follow from a budget
@@ -147,20 +149,32 @@ def end_of(stops: Sequence[Stop], limits: Energies, cap: float) -> int | None:
     return None
 
 
+def cut(sample: Sample, limits: Energies, cap: float) -> Sample:
+    """The same sample without what its pictures have walked further than the thresholds ask."""
+    ends = (end_of(each.way(sample.early), limits, cap) for each in sample.pictures)
+    pictures = zip(sample.pictures, ends, strict=True)
+    return replace(
+        sample, pictures=tuple(each._replace(rounds=each.rounds[:end]) for each, end in pictures)
+    )
+
+
 def thresholds(sample: Sample, budget: float, max_cost: float, known: Sample) -> Energies:
     """The energies to ask for, so that pictures like those of the sample cost `budget` plain ones.
 
-    Where the sample was not walked so far, as many of its plain pictures pass as do of `known`,
-    another sample, by its own thresholds.
+    Where the sample was not walked so far, from there on as many fewer of its plain pictures pass
+    as do of `known`, another sample, for the same money.
     """
     limits, missing = descend(sample, budget, max_cost)
     if missing is None:
         return limits
-    theirs = descend(known, budget, max_cost).limits.last
-    share = sum(each.last <= theirs for each in known.energies) / len(known.pictures)
+    spent = fmean(each.way(sample.early)[-1].cost for each in sample.pictures) / sample.plain
+    now, then = (
+        passing(known, Energies(math.inf, descend(known, each, max_cost).limits.last))
+        for each in (spent, budget)
+    )
     own = sorted(each.last for each in sample.energies)
-    last = own[max(0, math.ceil(share * len(own)) - 1)]
-    return Energies(sample.early, min(limits.last, last))
+    number = bisect_right(own, limits.last) - math.ceil((now - then) * len(own))
+    return Energies(sample.early, min(limits.last, own[max(0, number - 1)]))
 
 
 def passing(sample: Sample, limits: Energies) -> float:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import calibration
 import outputs
-from budget import Sample, Sampled, end_of
+from budget import Sample, Sampled, cut
 from calibration import Calibration
 from cycles import Key, Records
 from errors import InputError
@@ -97,7 +97,9 @@ class Taking:
                 while keys and (number := self.painter.missing(self.known(keys))) is not None:
                     self.walk_on(keys[number])
                     bar.update()
-        return self.known(everything)
+        sample = self.known(everything)
+        limits = self.painter.by_hand(self.painter.sought(sample))
+        return cut(sample, limits, self.painter.most)
 
     def known(self, keys: Sequence[Key]) -> Sample:
         """The sample of these, as far as anyone has walked them."""
@@ -124,18 +126,13 @@ class Taking:
 
     def settled(self, sample: Sample, mine: Sequence[Key]) -> dict[Key, OnTheWay]:
         """What has gone no further than it has to."""
-        limits = self.painter.by_hand(self.painter.sought(sample))
         for key in list(self.watched):
             self.begin(key)
-        ends = {
-            key: end_of(picture.way(sample.early), limits, self.painter.most)
-            for key, picture in zip(self.records.sample, sample.pictures, strict=True)
-        }
         own = set(mine)
         return {
             key: self.begun[key]
-            for key, end in ends.items()
+            for key, picture in zip(self.records.sample, sample.pictures, strict=True)
             if key in own
             and key in self.begun
-            and (end is None or len(self.begun[key].walk.rounds) <= end)
+            and len(self.begun[key].walk.rounds) <= len(picture.rounds)
         }
