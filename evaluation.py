@@ -253,7 +253,7 @@ def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key], 
         sample, begun = take_sample(session, records, rank, mine, batch)
         session = session.calibrated(sample)
     thresholds = session.thresholds
-    if rank == 0:
+    if rank == 0 and thresholds != facts.get("thresholds"):
         outputs.save_json(records.folder / "run.json", {**facts, "thresholds": thresholds})
     origin = made_by(session)
     for row in paint(session, records, mine, batch, begun):
