@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, distributed
 
 from recipe.clipseg import train_clipseg
-from recipe.data import Pictures, Studio, crowded_scene, pictures, training_scene
+from recipe.data import PICTURES, Pictures, Studio, crowded_scene, pictures, training_scene
 from recipe.export import export_clipseg, export_stable_diffusion
 from recipe.judge import export_judge, train_judge
 from recipe.tokenizer import new_tokenizer
@@ -30,7 +30,6 @@ from recipe.vae import latents, train_vae
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "pocket" / "weights"
-PICTURES = 100_000
 CROWDED = 40_000  # for CLIPSeg
 STAGES = ("unet", "clipseg", "judge")
 
