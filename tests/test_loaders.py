@@ -422,6 +422,13 @@ def test_pocket_is_ready_exact_and_named(pocket: StableDiffusionPipeline) -> Non
     assert clipseg.processor.image_processor.size["height"] == own["size"]["height"]
 
 
+def test_a_tiny_decoder_that_the_pocket_has_not_is_refused() -> None:
+    with pytest.raises(InputError) as raised:
+        load_pipeline(POCKET, preview="taesd")
+    text = "--preview taesd must not be given with the pocket; what works without it: "
+    assert str(raised.value) == text + "--preview vae, half or linear"
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_scheduler_is_of_its_class_on_the_models_own_schedule(name: str) -> None:
     pipe = load_pipeline(POCKET, scheduler=name.upper())
