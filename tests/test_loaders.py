@@ -18,10 +18,10 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
-from originals import single_file
 from safetensors.torch import load_file, save_file
 
 import loaders
+from benchmarks.originals import single_file
 from errors import InputError, ModelError, ResourceError, TemperingError, memory_errors
 from families import networks_of
 from hub import CLIPSEG, POCKET, check, resolve
