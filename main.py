@@ -37,6 +37,7 @@ import prompts
 from errors import InputError, ResourceError, TemperingError, importing, memory_errors
 from outputs import check_writable, encodable, read_json
 from settings import (
+    BACKENDS,
     DEFAULT_STEPS,
     DEFAULT_WAY,
     FREE_ON_RESUME,
@@ -159,7 +160,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
             {"choices": PREVIEWS},
-            "how the interrupted latents become a picture for CLIPSeg",
+            "how the interrupted latents become a picture for CLIPSeg: by a tiny decoder (taesd, "
+            "fetched with the model), by the VAE, by the VAE on half the side, or by a linear map, "
+            "in which CLIPSeg sees little: on the pocket 2.5 times the U-Net calls for fewer good "
+            "pictures; auto is taesd where it is there, else half, below 512 pixels vae; taesd and "
+            "half are not verified on Stable Diffusion itself",
         ),
     },
     "models": {
@@ -198,6 +203,17 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
     "machine": {
         "device": (NAME, "cuda, mps, xpu or cpu (default: the best one present)"),
         "dtype": (NAME, "fp16, bf16 or fp32 (default: what the device does best)"),
+        "backend": (
+            {"choices": BACKENDS},
+            "what runs denoiser, VAE and CLIPSeg; openvino, for CPUs, takes a fifth to a quarter "
+            "off a bf16 step: it converts them once, keeps them in the user's cache, and needs "
+            f"{loaders.OPENVINO_REQUIREMENTS}",
+        ),
+        "compile": (
+            EITHER,
+            "let torch compile the denoiser: on a CPU two minutes at the start of every run, for "
+            "steps that take a tenth less, so for long evaluations; not verified on GPUs",
+        ),
         "offload": (
             NAME,
             "model or sequential: keep only that part of Stable Diffusion in GPU memory which "
@@ -494,6 +510,7 @@ def check_models(models: Models, settings: Tempering) -> None:
     """
     if models.scheduler is not None:
         loaders.scheduler_name(models.scheduler)
+    loaders.check_backend(models.backend, compiled=models.compile)
     sizes = settings.height, settings.width
     admit = loaders.admission(models.scheduler, models.prediction_type, sizes)
     for name, kind, fits in (
