@@ -56,6 +56,7 @@ class Layout:
     lenders: Mapping[str, str] = field(default_factory=dict)
     on_flows: bool = False  # the model's schedule is a flow's
     size_factor: int = 8  # sizes are multiples of so many pixels
+    taesd: str = ""  # the Hub id of the tiny decoder for its latents
 
     @property
     def needs(self) -> list[str]:
@@ -182,6 +183,7 @@ MODEL = Kind(
                 r"cond_stage_model\.model\.": "stabilityai/stable-diffusion-2-1",
                 "": STABLE_DIFFUSION,
             },
+            taesd="madebyollin/taesd",
         ),
         Layout(
             classes=("StableDiffusionXLPipeline",),
@@ -193,6 +195,7 @@ MODEL = Kind(
                 "second CLIP text model": r"conditioner\.embedders\.1\.model\.",
             },
             lenders={"": "stabilityai/stable-diffusion-xl-base-1.0"},
+            taesd="madebyollin/taesdxl",
         ),
         Layout(
             classes=("StableDiffusion3Pipeline",),
@@ -211,6 +214,7 @@ MODEL = Kind(
             },
             on_flows=True,
             size_factor=16,
+            taesd="madebyollin/taesd3",
         ),
     ),
     instead="what works without it: --model pocket, a diffusers folder, a .safetensors file",
@@ -228,6 +232,15 @@ VAE = Kind(
         ),
     ),
     instead="what works without it: a VAE's folder, a .safetensors file, the model's own VAE",
+)
+OWN_TAESD = "taesd"  # a model's folder may hold its own tiny decoder under this name
+TAESD = Kind(
+    flag="--preview taesd",
+    title="an AutoencoderTiny",
+    pocket=MODEL.pocket / OWN_TAESD,
+    marker=("config.json", "_class_name"),
+    layouts=(Layout(classes=("AutoencoderTiny",), parts={"": _DIFFUSERS}),),
+    instead="what works without it: --preview vae, half or linear",
 )
 SEGMENTER = Kind(
     flag="--clipseg",

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +29,18 @@ from kinds import (
     EYES,
     MODEL,
     OWLV2,
+    OWN_TAESD,
     SEGMENTER,
+    TAESD,
     VAE,
     Layout,
+    fault_of_folder,
     latent_channels,
     layout_of,
     shapes_of,
 )
 from loras import Lora
-from settings import PREDICTION_TYPES
+from settings import AUTO, BACKENDS, PREDICTION_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +83,8 @@ UNWANTED = {
     "image_encoder": None,
     "add_watermarker": False,
 }
+CXX = {"darwin": "clang++", "win32": "cl"}  # torch's choice by system; of others g++
+OPENVINO, OPENVINO_REQUIREMENTS = "openvino", "requirements-openvino.txt"
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
 
@@ -90,6 +99,9 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: str | None = None,
+    preview: str = AUTO,
+    backend: str = "torch",
+    compiled: bool = False,
     sizes: Sequence[int | None] = (),
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
@@ -100,9 +112,13 @@ def load_pipeline(
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
     Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
     leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
-    `prediction_type` None is what the model itself says. `sizes` are what it is to paint: what its
-    family does not is refused here. `dtype` and `device` are names as on the command line, or
-    torch's own. Raises InputError before anything is loaded, ModelError and ResourceError after.
+    `prediction_type` None is what the model itself says. `preview` is the setting of that name: for
+    "taesd" and, where it can be had, for "auto" the pipeline gets a tiny decoder, `taesd`.
+    `backend` "openvino" lets OpenVINO run the networks that take the time, as they are now: a LoRA
+    that is loaded later changes nothing. `compiled` lets torch compile the denoiser. `sizes` are
+    what it is to paint: what its family does not is refused here. `dtype` and `device` are names as
+    on the command line, or torch's own. Raises InputError before anything is loaded, ModelError and
+    ResourceError after.
     """
     kind = MODEL if t5 else MODEL.bare
     if scheduler is not None:
@@ -123,6 +139,7 @@ def load_pipeline(
         raise InputError(f"--offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload is not None and target.type == "cpu":
         raise InputError(f"--offload needs a GPU, but this run is on the cpu, got {offload!r}")
+    check_backend(backend, target, compiled)
 
     admit = admission(scheduler, prediction_type, sizes)
     source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
@@ -133,6 +150,7 @@ def load_pipeline(
         got, own = latent_channels(vae_source), latent_channels(configuration / "vae")
         if got and own and got != own:
             raise InputError(f"--vae must take latents of {own} channels, but {vae!r} takes {got}")
+    tiny = _taesd_source(source, layout, preview, offline)
     found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
     for each in found_loras:
         loras.check_fit(each, layout, configuration)
@@ -142,7 +160,8 @@ def load_pipeline(
         pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
         set_scheduler(pipe, scheduler or default_scheduler(pipe))
     add_loras(pipe, found_loras)
-    return place(pipe, target, offload)
+    pipe.taesd = None if tiny is None else _taesd(tiny, pipe, preview)
+    return _on_backend(place(pipe, target, offload), backend, compiled, notice)
 
 
 def admission(
@@ -169,12 +188,48 @@ def place(
     """The pipeline on its device; of an `offload` only what runs there, a picture at a time."""
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
+        if tiny := getattr(pipe, "taesd", None):  # no part of diffusers' pipeline, and
+            tiny.to(device)  # too small to be worth offloading
         if offload is None:
             return pipe.to(device)
         pipe.vae.enable_slicing()
         pipe.vae.enable_tiling()
         getattr(pipe, OFFLOADS[offload])(device=device)
         return pipe
+
+
+def check_backend(name: str, device: torch.device | None = None, compiled: bool = False) -> None:
+    """Raise InputError for a backend that there is not, here or on `device`, or not `compiled`."""
+    if name not in BACKENDS:
+        raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if compiled and name == OPENVINO:
+        raise InputError("--compile is for --backend torch, got openvino")
+    if compiled and device is not None and device.type == "cpu":
+        compiler = os.environ.get("CXX", CXX.get(sys.platform, "g++"))
+        if shutil.which(compiler) is None:
+            required = "a C++ compiler, which the environment variable CXX can name"
+            raise InputError(f"--compile needs {required}, got {compiler!r}, which is not there")
+    if name != OPENVINO:
+        return
+    if find_spec(OPENVINO) is None:
+        install = f"{sys.executable} -m pip install -r {OPENVINO_REQUIREMENTS}"
+        raise InputError(f"--backend openvino needs OpenVINO, which is not installed: {install}")
+    if device is not None and device.type != "cpu":
+        raise InputError(f"--backend openvino needs --device cpu, got {str(device)!r}")
+
+
+def _on_backend(
+    pipe: DiffusionPipeline, backend: str, compiled: bool, notice: Callable[[str], None]
+) -> DiffusionPipeline:
+    """The pipeline, ready, with its networks on what runs them."""
+    if backend == OPENVINO or compiled:
+        import backends
+
+        if compiled:
+            backends.compile_pipeline(pipe)
+        else:
+            backends.convert_pipeline(pipe, notice)
+    return pipe
 
 
 def _pipeline(
@@ -206,6 +261,50 @@ def _pipeline(
         pipe.register_to_config(_name_or_path=str(source))
         _check_parts(pipe)
     return pipe
+
+
+def _taesd_source(source: Path, layout: Layout, preview: str, offline: bool) -> Path | None:
+    """The folder of the tiny decoder for a model: its own, or its family's.
+
+    None where the preview does not want it, or where "auto" has to do without.
+    """
+    if preview not in (AUTO, "taesd"):
+        return None
+    own = source / OWN_TAESD
+    if own.is_dir() and not fault_of_folder(own, TAESD):
+        return own
+    if hub.name_of(source) == hub.POCKET:
+        if preview == AUTO:
+            return None
+        raise InputError(f"--preview taesd must not be given with the pocket; {TAESD.instead}")
+    try:
+        return hub.fetch(layout.taesd, TAESD, offline)
+    except ModelError:
+        if preview == AUTO:
+            return None
+        raise
+
+
+def _taesd(source: Path, pipe: DiffusionPipeline, preview: str) -> Any | None:
+    """The tiny decoder in the VAE's dtype; for "auto" None where it is of other latents.
+
+    Raises ModelError for one that is damaged, or of other latents.
+    """
+    with _loading(source) as diffusers:
+        tiny = _network(diffusers.AutoencoderTiny, "taesd", source, source, pipe.vae.dtype)
+    vae, config = pipe.vae.config, tiny.config
+    found = config.latent_channels, 2 ** (len(config.num_decoder_blocks) - 1)
+    needed = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
+    if found == needed:
+        return tiny.eval()
+    if preview == AUTO:
+        return None
+    (channels, factor), (own_channels, own_factor) = found, needed
+    raise ModelError(
+        f"the tiny decoder {hub.name_of(source)} does not fit: it takes {channels} channels and "
+        f"enlarges {factor} times, the model's VAE {own_channels} and {own_factor}; "
+        f"{TAESD.instead}"
+    )
 
 
 def _without(pipeline: Any, layout: Layout) -> dict[str, Any]:
@@ -266,7 +365,9 @@ def load_clipseg(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    backend: str = "torch",
     offline: bool = False,
+    notice: Callable[[str], None] = hub.to_stderr,
 ) -> ClipSeg:
     """CLIPSeg with its checkpoint's own processor, ready on its device; None is `hub.CLIPSEG`.
 
@@ -276,6 +377,7 @@ def load_clipseg(
     hub.check(model, SEGMENTER)
     target = pick_device(device)
     pick_dtype(dtype, target)
+    check_backend(backend, target)
     source = hub.locate(model, SEGMENTER, offline)
     with _loading(source):
         from segmentation import ClipSeg
@@ -287,7 +389,12 @@ def load_clipseg(
         processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
         _check_words(processor.tokenizer, clipseg.config.text_config)
     with memory_errors():
-        return ClipSeg(clipseg.to(target).eval(), processor)
+        network = clipseg.to(target).eval()
+        if backend == OPENVINO:
+            import backends
+
+            backends.convert_clipseg(network, notice)
+        return ClipSeg(network, processor)
 
 
 def load_judge(

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
-from settings import Tempering
+from settings import AUTO, Tempering
 
 Progress = Callable[[int], object]  # is called with the number of denoiser calls just made
 FLOW = "flow_prediction"  # a prediction type, and the schedule that goes with it
@@ -41,6 +41,8 @@ class Sampler:
     def __init__(self, family: Family, prompts: Sequence[str], settings: Tempering) -> None:
         if settings.guidance_scale is None:
             settings = replace(settings, guidance_scale=family.guidance_scale)
+        if settings.preview == "taesd" and family.taesd is None:
+            raise InputError("preview taesd needs a tiny decoder in the pipeline's taesd, got none")
         self.family = family
         self.settings = settings
         with torch.no_grad(), blaming("the text encoder"):
@@ -124,11 +126,16 @@ class Sampler:
         return back
 
     def preview(self, branches: Sequence[Branch], guidance_scale: float) -> list[Image.Image]:
-        """Pictures of the last evaluations' x0, by the VAE or by the linear map."""
+        """Pictures of the last evaluations' x0."""
         x0 = torch.cat([self.prediction(branch, guidance_scale)[0] for branch in branches])
-        by_vae = self.settings.preview == "vae"
-        with blaming("the VAE"):
-            return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
+        with blaming("the preview"):
+            return self.family.previews(x0, self.preview_by)
+
+    @cached_property
+    def preview_by(self) -> str:
+        """The preview that runs, where the settings leave it to what there is."""
+        asked = self.settings.preview
+        return self.family.preview_for(self.shape) if asked == AUTO else asked
 
     def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
         """The pictures of branches that are denoised to the end."""

@@ -86,6 +86,7 @@ class Session:
         return {
             **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
             "early_look": settings.looks[0],
+            "preview": self.painter.sampler.preview_by,
             "model": self.model,
             "vae": shown(models.vae) if models.vae else None,
             "lora": [f"{lora.name}:{lora.weight:g}" for lora in self.loras],
@@ -112,6 +113,11 @@ class Session:
     def calibrated(self, sample: Sample) -> Session:
         """The same run with thresholds that meet its budget, where they were not given."""
         return replace(self, painter=self.painter.accepting(self.painter.sought(sample)))
+
+    @property
+    def of_the_backend(self) -> list[str]:
+        """The packages that run the networks beside torch."""
+        return [] if self.request.models.backend == "torch" else [self.request.models.backend]
 
     def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
         """A painter like this run's, of other prompts."""
@@ -165,6 +171,7 @@ class Session:
                     f"{lasting(name)}:{weight:g}" for name, weight in map(parsed, models.lora)
                 ],
                 "scheduler": scheduler_of(self.pipe),
+                "preview": self.painter.sampler.preview_by,
             },
             "thresholds": self.thresholds,
             "notice": self.notice,
@@ -180,13 +187,15 @@ class Session:
                 if name.startswith("text_encoder") and part is not None
             ],
             "scheduler": type(self.pipe.scheduler).__name__,
+            "preview": self.painter.sampler.preview_by,
             "device": str(self.painter.sampler.family.device),
             "dtype": self.dtype,
+            "backend": models.backend,
             "started": self.request.begun.isoformat(timespec="seconds"),
             "versions": {
                 "tempering": VERSION,
                 "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
+                **{name: version(name) for name in (*PACKAGES, *self.of_the_backend)},
             },
         }
 
@@ -210,17 +219,25 @@ def open_session(request: Request, device: str | None = None) -> Session:
         t5=models.t5,
         scheduler=models.scheduler,
         prediction_type=models.prediction_type,
+        preview=request.settings.preview,
         sizes=(request.settings.height, request.settings.width),
         device=models.device,
         dtype=models.dtype,
         offload=models.offload,
+        backend=models.backend,
+        compiled=models.compile,
         offline=models.offline,
         notice=notice,
     )
     pipe.set_progress_bar_config(disable=True)
     clipseg_name = models.clipseg or clipseg_for(pipe)
     clipseg = load_clipseg(
-        clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
+        clipseg_name,
+        device=models.device,
+        dtype=models.dtype,
+        backend=models.backend,
+        offline=models.offline,
+        notice=say,
     )
     with blaming("a tokenizer"):
         warn_of_cuts(pipe, clipseg, request)

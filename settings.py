@@ -20,10 +20,12 @@ MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
 MAX_CANDIDATES = 1000  # all of a round are in memory together
 MAX_CYCLES = 1_000_000  # of all prompts; what is done of them is known by a list
-PREVIEWS = ("vae", "linear")
+AUTO = "auto"  # of the previews: the best that there is
+PREVIEWS = (AUTO, "taesd", "vae", "half", "linear")
 UNCERTAINTIES = ("class", "pixel")
 JUDGES = ("pocket", "owlv2", "blip-vqa")
 NOBODY = "none"  # of the judges
+BACKENDS = ("torch", "openvino")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
@@ -72,7 +74,7 @@ class Tempering:
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
     mirror: bool = True  # with rounds: whether CLIPSeg sees the mirror image, too
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
-    preview: str = "vae"  # how the interrupted latents become a picture for CLIPSeg
+    preview: str = AUTO  # how the interrupted latents become a picture for CLIPSeg
     height: int | None = None  # pixels; None is the model's own size
     width: int | None = None
 
@@ -143,6 +145,8 @@ class Models:
     device: str | None = None  # None: the best one present
     dtype: str | None = None  # None: what the device computes fastest
     offload: str | None = None
+    backend: str = "torch"  # what runs the networks that take the time
+    compile: bool = False  # whether torch compiles the denoiser
     offline: bool = False
 
 

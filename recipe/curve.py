@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 import outputs
 from pocket.judge import load_judge
 from pocket.world import SUBJECTS
-from recipe.data import Studio
+from recipe.data import PICTURES, Studio, pictures, training_scene
 from recipe.fidelity import NEIGHBOURS
 from recipe.measure import FIGURES, denoiser, fidelity_figures, pocket, single_figures
+from recipe.vae import train_vae
 
 GUIDANCE_SCALE = 5.0
 SHARES = {"all_ok": "one subject, all OK", "precision": "precision"}
@@ -45,6 +46,8 @@ def main() -> None:
 def measure(work: Path, count: int) -> list[Point]:
     """A point for each snapshot of the U-Net in `work`, from the first on."""
     pipe, judge, studio = pocket(), load_judge(), Studio(work / "packages")
+    seen = pictures(studio, work, "train", PICTURES, training_scene)
+    pipe.vae = train_vae(seen.images, work)  # whose latents the snapshots know, shipped or not
     networks = denoiser(pipe)  # the pipeline's own, so the pipeline paints as the snapshot does
     lines = [json.loads(line) for line in (work / "unet.jsonl").read_text("utf-8").splitlines()]
     points = []

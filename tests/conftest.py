@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from originals import single_file
 from safetensors.torch import save_file
 
+from benchmarks.originals import single_file
 from kinds import MODEL
 from loaders import FLOW_SCHEDULERS, SCHEDULERS, load_clipseg, load_pipeline, set_scheduler
 from segmentation import ClipSeg

@@ -253,15 +253,26 @@ def test_any_number_of_prompts_is_painted(prompts: list[str], tmp_path: Path) ->
     assert first == " next to ".join(prompts)
 
 
-def test_the_linear_preview_is_another_view_of_the_same_latents(
-    picture: Done, tmp_path: Path
+@pytest.mark.parametrize("preview", ["half", "linear"])
+def test_another_preview_is_another_view_of_the_same_latents(
+    picture: Done, tmp_path: Path, preview: str
 ) -> None:
-    done = call(PAINT, *FEW, "--compare", "--preview", "linear", "--output", str(tmp_path))
+    done = call(PAINT, *FEW, "--compare", "--preview", preview, "--output", str(tmp_path))
     assert (done.code, done.err) == (0, "")
-    linear, vae = (pixels(folder / "interrupted.png") for folder in (done.folder, picture.folder))
-    assert linear.shape == vae.shape
-    assert (linear != vae).any()
+    assert done.run["preview"] == done.run["arguments"]["preview"] == preview
+    found, usual = (pixels(folder / "interrupted.png") for folder in (done.folder, picture.folder))
+    assert found.shape == usual.shape
+    assert (found != usual).any()
     assert_same_bytes(done.folder, picture.folder, ("plain.png",))
+
+
+def test_which_preview_ran_is_told_and_repeated(picture: Done, tmp_path: Path) -> None:
+    """By itself it is whatever there is; a repetition takes what that was."""
+    ran = picture.run["preview"]
+    assert ran != "auto"
+    assert picture.run["arguments"]["preview"] == ran
+    done = call(PAINT, *FEW, "--compare", "--preview", ran, "--output", str(tmp_path))
+    assert_same_bytes(done.folder, picture.folder, ("interrupted.png", "tempered.png"))
 
 
 def test_another_scheduler_makes_another_picture_and_says_so(picture: Done, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -192,6 +193,61 @@ def test_of_a_single_files_lender_only_what_the_file_lacks_is_fetched(
         f"{of_3}/{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")
     }
     assert hub.downloads() == sorted(small | clips)
+
+
+TAESD_HUB = "madebyollin/taesd"
+LOAD_TAESD = """
+    words = {"preview": sys.argv[2], "offline": bool(sys.argv[3])}
+    pipe = load_pipeline(sys.argv[1], dtype="fp32", **words)
+    answer = pipe.taesd and float(sum(each.double().sum() for each in pipe.taesd.parameters()))"""
+
+
+def taesd_files(folder: Path, **more: int) -> Files:
+    tiny.taesd(**more).save_pretrained(folder)
+    return files_of(folder)
+
+
+def test_the_tiny_decoder_is_fetched_with_the_model_once(
+    hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    unneeded = dict.fromkeys(("taesd_decoder.safetensors", "diffusion_pytorch_model.bin"), b"no")
+    hub.repositories[TAESD_HUB] = {**unneeded, **taesd_files(tmp_path / "taesd")}
+    environment = hub.environment(tmp_path / "home")
+
+    def load(*words: object) -> Any:
+        return child(LOAD_TAESD.strip(), environment, tiny_folders["sd2"], *words)["answer"]
+
+    assert load("vae", "") is None
+    assert hub.downloads() == []
+    expected = sum(float(each.detach().double().sum()) for each in tiny.taesd().parameters())
+    assert load("auto", "") == pytest.approx(expected)
+    needed = [f"{TAESD_HUB}/config.json", f"{TAESD_HUB}/diffusion_pytorch_model.safetensors"]
+    assert hub.downloads() == needed
+    assert load("taesd", "offline") == load("auto", "") == pytest.approx(expected)
+    assert hub.downloads() == needed
+
+
+def test_without_the_tiny_decoder_auto_does_with_the_vae_and_taesd_is_one_line(
+    hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.repositories["madebyollin/taesd3"] = taesd_files(tmp_path / "taesd")  # 4 channels, not 16
+    environment = hub.environment(tmp_path / "home")
+
+    def load(family: str, *words: object) -> Any:
+        return child(LOAD_TAESD.strip(), environment, tiny_folders[family], *words)["answer"]
+
+    assert [load("sd2", "auto", "offline"), load("sd2", "auto", ""), load("bare", "auto", "")] == [
+        *(None, None, None)
+    ]
+    instead = "; what works without it: --preview vae, half or linear"
+    reason = "it is not complete in the cache, and offline nothing is fetched"
+    text = f"can not download {TAESD_HUB}: {reason}{instead}"
+    assert load("sd2", "taesd", "offline") == {"error": 1, "text": text}
+    text = (
+        "the tiny decoder madebyollin/taesd3 does not fit: it takes 4 channels and enlarges 2 "
+        f"times, the model's VAE 16 and 2{instead}"
+    )
+    assert load("bare", "taesd", "") == {"error": 1, "text": text}
 
 
 def test_a_lender_behind_terms_is_named_with_what_helps(

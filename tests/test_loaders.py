@@ -18,10 +18,10 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
-from originals import single_file
 from safetensors.torch import load_file, save_file
 
 import loaders
+from benchmarks.originals import single_file
 from errors import InputError, ModelError, ResourceError, TemperingError, memory_errors
 from families import networks_of
 from hub import CLIPSEG, POCKET, check, resolve
@@ -420,6 +420,13 @@ def test_pocket_is_ready_exact_and_named(pocket: StableDiffusionPipeline) -> Non
     own = json.loads((SEGMENTER / "processor_config.json").read_text())["image_processor"]
     assert list(clipseg.processor.image_processor.image_mean) == own["image_mean"]
     assert clipseg.processor.image_processor.size["height"] == own["size"]["height"]
+
+
+def test_a_tiny_decoder_that_the_pocket_has_not_is_refused() -> None:
+    with pytest.raises(InputError) as raised:
+        load_pipeline(POCKET, preview="taesd")
+    text = "--preview taesd must not be given with the pocket; what works without it: "
+    assert str(raised.value) == text + "--preview vae, half or linear"
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -404,6 +404,8 @@ NOT_TYPED: dict[str, list[object]] = {
     "offline": ["no", 0, None],
     "compare": ["false", 1],
     "preview": ["photo", 1, None],
+    "backend": ["abacus", True, None],
+    "compile": ["yes", 1, None],
     "model": [5, ["pocket"], {}],
     "height": ["large", 60, 8.0],
     "seed": [-1, "9" * 20, 2024.0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from recipe.data import Placed, Scene
 from recipe.judge import round_trip
 from recipe.measure import denoiser
 from recipe.reliability import binned, looked_at
-from recipe.training import bf16
+from recipe.taesd import new_taesd, surroundings, train_taesd
+from recipe.training import Plan, bf16
 from recipe.unet import previews, repaint
 from settings import Tempering
 
@@ -62,6 +64,31 @@ def test_a_preview_of_less_noise_is_nearer_to_the_picture(
         errors.append(off(preview(list(range(8)), torch.Generator().manual_seed(1)), cars))
     assert errors[0] < 0.05
     assert errors == sorted(errors)
+
+
+def test_the_tiny_decoder_learns_what_the_autoencoder_makes_of_latents(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """Of latents that it never saw; its input is scaled, as the U-Net's output is."""
+    rng = torch.Generator().manual_seed(0)
+    latents = torch.randn(64, 4, 16, 16, generator=rng)
+    plan = Plan(steps=60, batch=4, lr=2e-3, warmup=5, ema=0.9)
+    tiny = train_taesd(pipe.vae, latents[:32], tmp_path, plan)
+    with torch.no_grad():
+        wanted = pipe.vae.decode(latents[32:40] / pipe.vae.config.scaling_factor).sample
+        found, untaught = (each.decode(latents[32:40]).sample for each in (tiny, new_taesd()))
+    assert off(found, wanted) < 0.6 * off(untaught, wanted)
+    assert (tmp_path / "taesd.pt").exists()
+
+
+def test_a_look_meets_pictures_mixtures_and_noise() -> None:
+    latents = torch.stack([torch.full((4, 16, 16), value) for value in (0.0, 1.0)])
+    drawn = surroundings(latents, 400, torch.Generator().manual_seed(0))
+    means = drawn.mean(dim=(1, 2, 3))
+    levels = drawn.std(dim=(1, 2, 3))
+    pure = ((means < 0.03) | (means > 0.97)).float().mean()
+    assert 0.5 < pure < 0.9
+    assert levels.min() < 0.01 < 0.2 < levels.max() < 1
 
 
 def test_clipseg_is_asked_what_bleeding_would_make_true() -> None:

@@ -23,7 +23,8 @@ from PIL import Image
 
 import loaders
 from benchmarks.architecture import ORIGINALS, save
-from benchmarks.speed import MEMORY_GOAL, MODELS, alone, measure, verdict
+from benchmarks.engines import alone
+from benchmarks.speed import MEMORY_GOAL, MODELS, measure, verdict
 from families import family_of
 from loaders import load_pipeline
 from sampling import Sampler
