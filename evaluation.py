@@ -32,7 +32,8 @@ from cycles import PICTURES, Key, Records, Row
 from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
-from painting import Batch, free_memory, paint, plain
+from memory import free_memory
+from painting import Batch, paint, plain
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
