@@ -125,6 +125,7 @@ def shared_state(request: Request) -> PartialState | None:
         # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
         on_cpu = pick_device(request.models.device).type == "cpu"
         try:
+            check_rank()
             return PartialState(cpu=on_cpu)
         except (KeyError, ValueError) as error:
             raise InputError(
@@ -144,6 +145,13 @@ def shared_state(request: Request) -> PartialState | None:
             f"one process alone; what starts N on CPUs: torchrun --nproc_per_node N {again}"
         )
     return None
+
+
+def check_rank() -> None:
+    """Raise ValueError for a process that is not one of WORLD_SIZE: they would wait for ever."""
+    rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK is {rank}")
 
 
 def first_decides(state: PartialState | None, decide: Callable[[], Decided]) -> Decided:

@@ -16,6 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 import _thread
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -54,6 +55,7 @@ from settings import (
     in_proportion,
 )
 
+UNHEARD = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
 INIT = Path(__file__).with_name("init.py")
@@ -310,7 +312,8 @@ def in_a_line(error: Exception) -> str:
     """What an error says to the user."""
     if isinstance(error, TemperingError):
         return str(error)
-    if isinstance(error, BrokenPipeError):  # of stdout without a buffer
+    # Of stdout, without a buffer or with a full one: what is meant for the disk has a file's name.
+    if isinstance(error, OSError) and error.errno in UNHEARD and error.filename is None:
         return unheard(error)
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)"
