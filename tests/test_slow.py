@@ -69,7 +69,7 @@ def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: P
     for name in ("tempered", "interrupted"):
         with Image.open(run / f"{name}.png") as image:
             assert image.size == (SIDE, SIDE)
-            assert np.asarray(image).std() > 1  # what is not finite is one colour
+            assert np.asarray(image).std() > 0  # what is not finite is one colour
     assert (run / "classes.png").is_file()
     assert (run / "sheet.png").is_file()
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
