@@ -207,14 +207,14 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "dtype": (NAME, "fp16, bf16 or fp32 (default: what the device does best)"),
         "backend": (
             {"choices": BACKENDS},
-            "what runs denoiser, VAE and CLIPSeg; openvino, for CPUs, takes a fifth to a quarter "
-            "off a bf16 step: it converts them once, keeps them in the user's cache, and needs "
+            "what runs denoiser, VAE and CLIPSeg; openvino, for CPUs, is faster with some models "
+            "and machines: it converts them once, keeps them in the user's cache, and needs "
             f"{loaders.OPENVINO_REQUIREMENTS}",
         ),
         "compile": (
             EITHER,
-            "let torch compile the denoiser: on a CPU two minutes at the start of every run, for "
-            "steps that take a tenth less, so for long evaluations; not verified on GPUs",
+            "let torch compile the denoiser: minutes at the start of every run, so for long "
+            "evaluations; what it gains is not measured, and it is not verified on GPUs",
         ),
         "offload": (
             NAME,
