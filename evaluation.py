@@ -34,7 +34,8 @@ from cycles import PICTURES, Key, Records, Row
 from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
-from painting import Batch, OnTheWay, free_memory, paint, plain
+from memory import free_memory
+from painting import Batch, OnTheWay, paint, plain
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
@@ -126,6 +127,7 @@ def shared_state(request: Request) -> PartialState | None:
         # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
         on_cpu = pick_device(request.models.device).type == "cpu"
         try:
+            check_rank()
             return PartialState(cpu=on_cpu)
         except (KeyError, ValueError) as error:
             raise InputError(
@@ -145,6 +147,13 @@ def shared_state(request: Request) -> PartialState | None:
             f"one process alone; what starts N on CPUs: torchrun --nproc_per_node N {again}"
         )
     return None
+
+
+def check_rank() -> None:
+    """Raise ValueError for a process that is not one of WORLD_SIZE: they would wait for ever."""
+    rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK is {rank}")
 
 
 def first_decides(state: PartialState | None, decide: Callable[[], Decided]) -> Decided:

@@ -16,6 +16,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 import _thread
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -58,6 +59,7 @@ from settings import (
     in_proportion,
 )
 
+UNHEARD = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
 INIT = Path(__file__).with_name("init.py")
@@ -240,14 +242,14 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "dtype": (NAME, "fp16, bf16 or fp32 (default: what the device does best)"),
         "backend": (
             {"choices": BACKENDS},
-            "what runs denoiser, VAE and CLIPSeg; openvino, for CPUs, takes a fifth to a quarter "
-            "off a bf16 step: it converts them once, keeps them in the user's cache, and needs "
+            "what runs denoiser, VAE and CLIPSeg; openvino, for CPUs, is faster with some models "
+            "and machines: it converts them once, keeps them in the user's cache, and needs "
             f"{loaders.OPENVINO_REQUIREMENTS}",
         ),
         "compile": (
             EITHER,
-            "let torch compile the denoiser: on a CPU two minutes at the start of every run, for "
-            "steps that take a tenth less, so for long evaluations; not verified on GPUs",
+            "let torch compile the denoiser: minutes at the start of every run, so for long "
+            "evaluations; what it gains is not measured, and it is not verified on GPUs",
         ),
         "offload": (
             NAME,
@@ -345,7 +347,8 @@ def in_a_line(error: Exception) -> str:
     """What an error says to the user."""
     if isinstance(error, TemperingError):
         return str(error)
-    if isinstance(error, BrokenPipeError):  # of stdout without a buffer
+    # Of stdout, without a buffer or with a full one: what is meant for the disk has a file's name.
+    if isinstance(error, OSError) and error.errno in UNHEARD and error.filename is None:
         return unheard(error)
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)"

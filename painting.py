@@ -6,7 +6,6 @@ so its text is encoded once.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from tqdm import tqdm
 import outputs
 from cycles import Key, Records, Row
 from errors import ResourceError, memory_errors
+from memory import free_memory
 from metrics import picture_metrics
 from session import Session
 from tempering import Painter, Result, View, Walk, Watched
@@ -112,14 +112,6 @@ class Batch:
 def fitting(free: int, taken: int) -> int:
     """How many pictures fit into `free` bytes, where one has `taken` so many."""
     return max(1, min(MOST, int(SHARE * free / max(1, taken))))
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what nothing needs any more."""
-    gc.collect()
-    empty = getattr(getattr(torch, device.type, None), "empty_cache", None)
-    if empty:
-        empty()
 
 
 def paint(

@@ -21,9 +21,11 @@ from torch import Generator, Tensor
 
 from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
+from memory import trim_heap
 from settings import AUTO, Tempering
 
 Progress = Callable[[int], object]  # is called with the number of denoiser calls just made
+LARGE = 256  # pixels of a side: what smaller pictures leave in memory is not worth the time
 FLOW = "flow_prediction"  # a prediction type, and the schedule that goes with it
 
 
@@ -139,8 +141,15 @@ class Sampler:
 
     def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
         """The pictures of branches that are denoised to the end."""
+        self.trim()  # the VAE takes the most: it shall not come on top of what the denoiser left
         with blaming("the VAE"):
             return self.family.decode(torch.cat([branch.latents for branch in branches]))
+
+    def trim(self) -> None:
+        """Give back the memory that large pictures leave behind."""
+        side = min(self.shape[-2:]) * self.family.pipe.vae_scale_factor
+        if side >= LARGE:
+            trim_heap()
 
     def noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype) -> Tensor:
         """Noise of unit variance."""

@@ -503,6 +503,7 @@ class Painter:
         embeddings = self.embeddings if rows is None else self.embeddings[list(rows)]
         with blaming("CLIPSeg"):
             found = segment(self.clipseg, images, embeddings)
+        self.sampler.trim()
         return [
             view_of(image, probabilities, self.settings.threshold)
             for image, probabilities in zip(images, found, strict=True)

@@ -508,15 +508,24 @@ def test_a_launcher_that_starts_one_process_for_two_is_told_which_one_does_not(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", ["abc", "2"])
+@pytest.mark.parametrize(
+    ("size", "rest"),
+    [
+        ("abc", {}),
+        ("2", {}),
+        ("2", {"RANK": "5", "LOCAL_RANK": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}),
+    ],
+    ids=["no number", "no others", "none of them"],
+)
 def test_an_environment_that_no_launcher_has_made_is_told(
-    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: str, rest: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a cluster's script may leave it: no number, or nothing of where the others are."""
+    """As a cluster's script may leave it."""
     monkeypatch.setattr(PartialState, "_shared_state", {})
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", size)
+    for name, value in {"WORLD_SIZE": size, **rest}.items():
+        monkeypatch.setenv(name, value)
     done = call(*FEW, "--output", str(tmp_path))
     line = "error: WORLD_SIZE must be unset, or stand beside all else that a launcher sets, got "
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)

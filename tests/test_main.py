@@ -33,6 +33,7 @@ import sampling
 from settings import DEFAULT_WAY, VERSION, Request, Tempering
 
 REPOSITORY = Path(main.__file__).parent
+FULL_DISK = Path("/dev/full")
 POCKET = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 TABLES = ("README.md", "README.es.md")
@@ -718,20 +719,31 @@ def test_what_a_terminal_can_not_show_is_escaped(
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])
-def test_who_stops_reading_the_results_is_named(
-    unbuffered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("fault", [errno.EPIPE, errno.ENOSPC], ids=errno.errorcode.get)
+def test_who_does_not_take_the_results_is_named(
+    fault: int,
+    unbuffered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As `main.py ... | head -1` does."""
-    reader, writer = os.pipe()
-    os.close(reader)
+    """As `main.py ... | head -1` does, and a full disk behind `main.py ... > file`."""
+    if fault == errno.ENOSPC and not FULL_DISK.exists():
+        pytest.skip("this system has no full disk at hand")
     monkeypatch.setattr(inference, "run", tell_the_folder)
-    pipe: Any = io.FileIO(writer, "w") if unbuffered else io.BufferedWriter(io.FileIO(writer, "w"))
-    with io.TextIOWrapper(pipe, encoding="utf-8", write_through=unbuffered) as stdout:
+    file = io.FileIO(FULL_DISK, "w") if fault == errno.ENOSPC else unread_pipe()
+    raw: Any = file if unbuffered else io.BufferedWriter(file)
+    with io.TextIOWrapper(raw, encoding="utf-8", write_through=unbuffered) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main.main([PAINT]) == 1
         monkeypatch.undo()  # and nothing is raised where Python closes it at its end
-    reason = os.strerror(errno.EPIPE)
+    reason = os.strerror(fault)
     assert capsys.readouterr().err == f"error: can not write to standard output ({reason})\n"
+
+
+def unread_pipe() -> io.FileIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return io.FileIO(writer, "w")
 
 
 def test_closed_streams_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
