@@ -8,27 +8,29 @@ as it lives: a kill ends it, too.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+import calibration
 import outputs
-from budget import Energies
-from calibration import energies_of
-from errors import InputError
+from budget import Stop
+from errors import InputError, ResourceError, one_line
 from prompts import Prompt
 
 Row = dict[str, Any]
 Key = tuple[int, int]  # of a cycle: its prompt's number in the set, from 1, and its seed
 PICTURES = ("plain", "tempered")  # of a cycle, and where their figures stand in its row
 FIGURES = ("ppv", "npv", "js")
+OTHER_CALLS = ("plain_calls", "tempered_calls")  # which not all rows tell of
+MOST = 2**53  # no number of a row is as large: float64 holds smaller ones exactly
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
 SAMPLE = 128  # of the plain pictures, whose energies tell what the budget pays for
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
@@ -72,10 +74,14 @@ class Records:
     def rows(self) -> Iterator[tuple[Key, Row]]:
         """All whole rows of this evaluation's cycles, in no order; of a cycle the last counts."""
         mine = set(self.keys)
+        return ((key, row) for key, row in self.all_rows() if key in mine)
+
+    def all_rows(self) -> Iterator[tuple[Key, Row]]:
+        """The same with those of other seeds and prompts."""
         for file in _files(self.folder, "cycles"):
             for row in outputs.each_json_line(file):
-                if is_whole(row) and (key := key_of(row)) in mine:
-                    yield key, row
+                if is_whole(row):
+                    yield key_of(row), row
 
     def is_painted(self, key: Key) -> bool:
         """Whether both pictures of a cycle are there and sound."""
@@ -92,17 +98,29 @@ class Records:
         return [self.keys[i * len(self.keys) // count] for i in range(count)]
 
     def energies_file(self, rank: int) -> Path:
-        """Where the process of this rank keeps the energies of the sample."""
+        """Where the process of this rank keeps the energies of the sample, and how it walks."""
         return self.folder / f"energies{suffix(rank)}.jsonl"
 
-    def energies(self) -> dict[Key, Energies]:
-        """What is known of the sample's energies; of a cycle that two have seen, the first."""
-        known: dict[Key, Energies] = {}
+    def energies(self) -> dict[Key, tuple[Stop, ...]]:
+        """The plain pictures of the sample at each look; of one that two have seen, the first."""
+        found: dict[Key, tuple[Stop, ...]] = {}
+        for row in self._energies_rows():
+            with suppress(InputError, KeyError, TypeError):
+                found.setdefault(key_of(row), tuple(map(calibration.stop, row["looks"])))
+        return found
+
+    def stops(self) -> dict[Key, tuple[Stop, ...]]:
+        """Where pictures of the sample stood after round 1, 2, ..., as far as that is known."""
+        found: dict[Key, dict[int, Stop]] = {}
+        for row in self._energies_rows():
+            with suppress(InputError, KeyError, TypeError):
+                rounds = found.setdefault(key_of(row), {})
+                rounds.setdefault(row["round"], calibration.stop(row["stop"]))
+        return {key: tuple(in_order(rounds)) for key, rounds in found.items()}
+
+    def _energies_rows(self) -> Iterator[Row]:
         for file in _files(self.folder, "energies"):
-            for row in outputs.each_json_line(file):
-                with suppress(InputError, KeyError, TypeError):
-                    known.setdefault(key_of(row), energies_of(row["energies"]))
-        return known
+            yield from outputs.each_json_line(file)
 
     def notes_file(self, judge: str, rank: int) -> Path:
         """Where the process of this rank keeps what a judge notes."""
@@ -112,6 +130,11 @@ class Records:
         """What a judge noted of cycles (with their keys) and of single subjects."""
         for file in _files(self.folder, f"notes-{judge}"):
             yield from outputs.each_json_line(file)
+
+
+def in_order(rounds: Mapping[int, Stop]) -> Iterator[Stop]:
+    """Round 1, 2, ... up to the first that is missing."""
+    return (rounds[number] for number in takewhile(rounds.__contains__, count(1)))
 
 
 def suffix(rank: int) -> str:
@@ -133,14 +156,15 @@ def is_whole(row: Row) -> bool:
     """Whether a row holds all that a summary takes from it."""
     try:
         figures = [row[name][figure] for name in PICTURES for figure in FIGURES]
-        calls = [
-            row["unet_calls"],
-            *(row[n] for n in ("plain_calls", "tempered_calls") if n in row),
-        ]
-        finite = all(math.isfinite(number) for number in (*figures, *calls))
-        whole = all(type(number) is int for number in key_of(row))
-        return finite and whole and {"model", "dtype"} <= row.keys()
-    except (KeyError, TypeError, OverflowError):
+        calls = [row["unet_calls"], *(row[n] for n in OTHER_CALLS if n in row)]
+        origin = [row["model"], row["dtype"], row.get("flags", "")]
+        return (
+            all(-MOST < number < MOST for number in (*figures, row.get("seconds", 0)))
+            and all(type(number) is int for number in (*key_of(row), *calls))
+            and all(0 <= number < MOST for number in calls)
+            and all(isinstance(text, str) for text in origin)
+        )
+    except (KeyError, TypeError):
         return False
 
 
@@ -155,16 +179,25 @@ def is_sound(file: Path) -> bool:
     return data.endswith(PNG_END)
 
 
+def picture(file: Path) -> Image.Image:
+    """A picture from disk, in RGB. Raises ResourceError, which says what helps."""
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # as above
+        text = f"can not read {file} ({one_line(error)}): delete it, and --resume paints it again"
+        raise ResourceError(text) from error
+
+
 def prepare(folder: Path) -> None:
     """Make `folder` ready for a run that goes on there: what killed runs have left is removed.
 
-    Raises ResourceError where another run still paints in it.
+    Raises ResourceError where another run still paints in it, and where it can not be read.
     """
     for lock in folder.glob(_lock_file(folder, "*").name):
         with outputs.locked(lock, TAKEN):
             pass
-    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        outputs.remove_leftovers(place)
+    outputs.remove_leftovers(folder)
 
 
 @contextmanager

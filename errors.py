@@ -8,7 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-OUT_OF_MEMORY = "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file"
+OUT_OF_MEMORY = (
+    "out of memory|can(no|')t allocate|not enough memory|alloc_failed|paging file|"
+    "(calculation|multiplication) overflow"  # of more bytes than can be counted
+)
 
 
 class TemperingError(Exception):
@@ -36,12 +39,14 @@ def raise_not_finite(what: str, parts: Mapping[str, Any], advice: str) -> NoRetu
 
     Those of the `parts` (torch modules by name) whose weights are not finite; else `advice` helps.
     """
-    unsound = [
-        name
-        for name, part in parts.items()
+    unsound = []
+    for name, part in parts.items():
         # On "meta" are those that sequential offloading keeps elsewhere.
-        if not all(each.isfinite().all() for each in part.parameters() if not each.is_meta)
-    ]
+        weights = {key: each for key, each in part.named_parameters() if not each.is_meta}
+        bad = [key for key, each in weights.items() if not each.isfinite().all()]
+        if bad:
+            of_a_lora = all(".lora_" in key for key in bad)  # as peft calls them
+            unsound.append(f"a LoRA of {name}" if of_a_lora else name)
     if unsound:
         advice = f"because weights of {', '.join(unsound)} are not: put a sound copy in their place"
     raise ModelError(f"{what} is not finite {advice}")
@@ -59,6 +64,19 @@ def memory_errors() -> Iterator[None]:
             "out of memory; what helps: --offload model or sequential and --dtype fp16 on a GPU, "
             "--dtype bf16 on a CPU, a smaller --height and --width"
         ) from error
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Whatever libraries raise while they are imported becomes a line that says how to start."""
+    start = "start with `python init.py` and the same flags, or activate .venv"
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise TemperingError(f"{error.name} is not installed in this Python: {start}") from error
+    except Exception as error:  # of a loader, of a wrong version: they have no family
+        text = f"the libraries of this Python can not be imported ({one_line(error)}): {start}"
+        raise TemperingError(text) from error
 
 
 @contextmanager

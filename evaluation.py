@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,19 +29,23 @@ import cycles
 import judging
 import outputs
 import prompts
+from calibrating import take_sample
 from cycles import PICTURES, Key, Records, Row
-from errors import InputError, TemperingError
+from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
-from painting import Batch, free_memory, paint, plain, watch
+from memory import free_memory
+from painting import Batch, OnTheWay, paint, plain
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
-from tempering import Watched
 
 Decided = TypeVar("Decided")
-# What run.json tells of a run that can not be known without its models.
-OF_MODELS = {"model", "dtype", "device", "scheduler", "versions", "started"}
+# What run.json tells of a run that can not be known without its models, and its flags.
+OF_MODELS = {
+    **dict.fromkeys(("model", "dtype", "device", "scheduler", "started"), str),
+    **dict.fromkeys(("versions", "arguments"), dict),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Begun:
 
     folder: Path
     painted: tuple[Key, ...] = ()  # cycles that have a row, in the order of the set
-    origins: tuple[tuple[str, str, str | None], ...] = ()  # of these rows: model, dtype, flags
+    origins: tuple[tuple[str, str, str | None], ...] = ()  # of all rows: model, dtype, flags
     noted: tuple[frozenset[NoteKey], ...] = (frozenset(),) * len(JUDGES)  # by each of JUDGES
 
 
@@ -116,11 +120,25 @@ def seeds_of(request: Request) -> range:
 def shared_state(request: Request) -> PartialState | None:
     """accelerate's state where a launcher started several processes.
 
-    Raises InputError where it was told to, and has started one: without a GPU it knows no better.
+    Raises InputError where it was told to, and has started one: without a GPU it knows no better;
+    and for an environment that no launcher has made.
     """
     if "WORLD_SIZE" in os.environ:
         # Without a GPU accelerate looks at the launcher's variables only when told to use the CPU.
-        return PartialState(cpu=pick_device(request.models.device).type == "cpu")
+        on_cpu = pick_device(request.models.device).type == "cpu"
+        try:
+            check_rank()
+            return PartialState(cpu=on_cpu)
+        except (KeyError, ValueError) as error:
+            raise InputError(
+                "WORLD_SIZE must be unset, or stand beside all else that a launcher sets, got "
+                f"{os.environ['WORLD_SIZE']!r} ({one_line(error)})"
+            ) from error
+        except RuntimeError as error:  # torch.distributed's
+            raise TemperingError(
+                f"the processes of this run do not find each other ({one_line(error)}): start all "
+                "of them again"
+            ) from error
     # What `accelerate launch --num_processes 2` leaves in the environment of its only process.
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
         again = shlex.join(["main.py", *sys.argv[1:]])
@@ -129,6 +147,13 @@ def shared_state(request: Request) -> PartialState | None:
             f"one process alone; what starts N on CPUs: torchrun --nproc_per_node N {again}"
         )
     return None
+
+
+def check_rank() -> None:
+    """Raise ValueError for a process that is not one of WORLD_SIZE: they would wait for ever."""
+    rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE"))
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK is {rank}")
 
 
 def first_decides(state: PartialState | None, decide: Callable[[], Decided]) -> Decided:
@@ -160,7 +185,7 @@ def begin(request: Request) -> Begun:
         return Begun(outputs.new_run_folder(request.output, request.title, request.begun))
     cycles.prepare(request.resume)
     records = Records(request.resume, request.all_prompts, seeds_of(request))
-    found = {key: origin_of(row) for key, row in records.rows()}
+    found = {key: origin_of(row) for key, row in records.all_rows()}
     return Begun(
         records.folder,
         painted=tuple(key for key in records.keys if key in found),
@@ -182,7 +207,7 @@ def facts_of(models: Models, records: Records, begun: Begun, *, needed: bool) ->
         earlier = outputs.read_json(records.folder / "run.json")
     except InputError:  # new, or damaged
         earlier = {}
-    known = earlier.keys() >= OF_MODELS and isinstance(earlier.get("arguments"), dict)
+    known = all(isinstance(earlier.get(name), kind) for name, kind in OF_MODELS.items())
     if known and not needed and models.session is None:
         free = {name: models.request.arguments[name] for name in FREE_ON_RESUME}
         return {**earlier, "arguments": {**earlier["arguments"], **free}}
@@ -232,12 +257,12 @@ def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key], 
         return facts.get("thresholds", {})
     session = models.open()
     batch = Batch(models.request.batch, session.painter.sampler.family.device)
-    begun: dict[Key, Watched] = {}
+    begun: dict[Key, OnTheWay] = {}
     if needs_sample(session, records):
-        begun = watch_sample(session, records, rank, mine, batch)
-        session = session.calibrated(calibration.load(records.folder / calibration.FILE))
+        sample, begun = take_sample(session, records, rank, mine, batch)
+        session = session.calibrated(sample)
     thresholds = session.thresholds
-    if rank == 0:
+    if rank == 0 and thresholds != facts.get("thresholds"):
         outputs.save_json(records.folder / "run.json", {**facts, "thresholds": thresholds})
     origin = made_by(session)
     for row in paint(session, records, mine, batch, begun):
@@ -253,33 +278,6 @@ def needs_sample(session: Session, records: Records) -> bool:
     by_hand = None not in (request.settings.accept, request.settings.early_accept)
     enough = len(records.keys) >= calibration.FEWEST
     return settings.annealed and enough and not given and not by_hand
-
-
-def watch_sample(
-    session: Session, records: Records, rank: int, mine: Sequence[Key], batch: Batch
-) -> dict[Key, Watched]:
-    """See that the sample of energies is on disk; the plain pictures that are begun for it.
-
-    Processes share it without waiting for each other: each begins with its own cycles, and takes up
-    what nobody has seen by then. Whoever is first writes the sample down for all.
-    """
-    file = records.folder / calibration.FILE
-    with suppress(InputError):  # none yet, or damaged
-        calibration.load(file)
-        return {}
-    known, own = records.energies(), set(mine)
-    missing = [key for key in records.sample if key not in known]
-    begun = dict(watch(session, records, rank, [k for k in missing if k in own], batch))
-    for key in missing:
-        if key not in records.energies():
-            list(watch(session, records, rank, [key], batch))
-    try:
-        calibration.load(file)
-    except InputError:
-        known = records.energies()
-        energies = tuple(known[key] for key in records.sample)
-        calibration.save(file, calibration.Sample(session.origin, energies))
-    return begun
 
 
 def paint_singles(models: Models, alone: Sequence[Single]) -> None:

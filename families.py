@@ -31,6 +31,9 @@ from errors import InputError, raise_not_finite
 # own arguments, a row for each picture. All families have "encoder_hidden_states" (B, L, D).
 Conditioning = dict[str, Tensor]
 
+# Pixels from which on half a picture's side is about what CLIPSeg reads, 352.
+HALVED_FROM = 512
+
 # Latents to RGB in -1..1 without a VAE, by the VAE's scaling factor, which tells the families
 # apart: a row for each latent channel, then the bias.
 LINEAR_MAPS = {
@@ -70,7 +73,9 @@ class Family(ABC):
     A family says how it encodes prompts, predicts, and decodes; it knows no schedule.
     """
 
-    upcasts_vae = False  # to float32 for decoding, where float16 would overflow in it
+    # To float32 for decoding, where its float16 may overflow. The VAE's own `force_upcast` is true
+    # by default, so it counts only where the family has such VAEs.
+    upcasts_vae = False
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe = pipe
@@ -194,8 +199,47 @@ class Family(ABC):
         centred = latents - (getattr(config, "shift_factor", None) or 0)
         return centred.flatten(2).median(dim=2).values[..., None, None] * config.scaling_factor
 
-    def decode_linearly(self, latents: Tensor) -> list[Image.Image]:
-        """The same by a linear map instead of the VAE: blurred, at hardly any cost."""
+    def previews(self, latents: Tensor, by: str) -> list[Image.Image]:
+        """What CLIPSeg is shown of clean latents; `by` is one of `settings.PREVIEWS` but auto.
+
+        As large as what `decode` makes of them.
+        """
+        ways = {
+            "taesd": self._decode_tinily,
+            "vae": self.decode,
+            "half": self._decode_half,
+            "linear": self._decode_linearly,
+        }
+        return ways[by](latents)
+
+    def preview_for(self, shape: Sequence[int]) -> str:
+        """The best preview that there is for latents of this shape, as named in `previews`."""
+        if self.taesd is not None:
+            return "taesd"
+        side = min(shape[-2:]) * self.pipe.vae_scale_factor
+        return "half" if side >= HALVED_FROM else "vae"
+
+    @property
+    def taesd(self) -> Any | None:
+        """The tiny decoder that the pipeline was given (diffusers' AutoencoderTiny), if any."""
+        return getattr(self.pipe, "taesd", None)
+
+    def _decode_tinily(self, latents: Tensor) -> list[Image.Image]:
+        pixels = decoded(self.taesd, latents, self.device)
+        return self._pictures(pixels, {"tiny decoder": self.taesd})
+
+    def _decode_half(self, latents: Tensor) -> list[Image.Image]:
+        """By the VAE on latents of half the side, at a quarter of its cost."""
+        height, width = latents.shape[-2:]
+        half = F.interpolate(latents.float(), size=(-(-height // 2), -(-width // 2)), mode="area")
+        factor = self.pipe.vae_scale_factor
+        with self._decoder() as vae:
+            pixels = decoded(vae, half, self.device)
+        size = (height * factor, width * factor)
+        return self._pictures(F.interpolate(pixels.float(), size=size, mode="bilinear"))
+
+    def _decode_linearly(self, latents: Tensor) -> list[Image.Image]:
+        """By a linear map instead of the VAE: blurred, at hardly any cost."""
         rgb = latents_to_rgb(latents, self._linear_map)
         factor = self.pipe.vae_scale_factor
         return self._pictures(F.interpolate(rgb, scale_factor=factor, mode="bilinear"))
@@ -218,9 +262,12 @@ class Family(ABC):
         finally:
             vae.to(torch.float16)
 
-    def _pictures(self, pixels: Tensor) -> list[Image.Image]:
+    def _pictures(
+        self, pixels: Tensor, made_by: Mapping[str, Any] | None = None
+    ) -> list[Image.Image]:
         if not pixels.isfinite().all():
-            raise_not_finite("the picture", networks_of(self.pipe), self._advice())
+            networks = {**networks_of(self.pipe), **(made_by or {})}
+            raise_not_finite("the picture", networks, self._advice())
         normal = [True] * len(pixels)
         processor = self.pipe.image_processor
         return list(processor.postprocess(pixels, output_type="pil", do_denormalize=normal))
@@ -447,7 +494,7 @@ def linear_map(vae: Any, device: torch.device | str) -> Tensor:
     Taken from `LINEAR_MAPS` where the VAE's family is known, else fitted on `device`.
     """
     config = vae.config
-    # Every VAE of these families has 4 channels and 4 levels; the factor then tells which it is.
+    # Those of Stable Diffusion 1 to XL have 4 channels and 4 levels; the factor tells which it is.
     family = config.scaling_factor, config.latent_channels, len(config.block_out_channels)
     known = LINEAR_MAPS.get(family[0]) if family[1:] == (4, 4) else None
     return fit_linear_map(vae, device) if known is None else torch.tensor(known)

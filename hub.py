@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -110,11 +112,15 @@ def configuration(file: Path, kind: Kind, offline: bool) -> Path:
     return fetch(repo, replace(kind, layouts=(borrowed,), instead=instead), offline)
 
 
-def check(text: str, kind: Kind) -> None:
-    """Raise InputError where `text` can not name a model of that kind, without asking the Hub."""
+def check(text: str, kind: Kind, admit: Admit = anything) -> None:
+    """Raise InputError where `text` can not name a model of that kind, without asking the Hub.
+
+    What is a folder or a file on this machine is shown to `admit`, too.
+    """
     if text == POCKET:
         return
     try:
+        text.encode()  # safetensors opens no other path
         path = Path(text).expanduser()
         if path.is_dir() and text:
             fault = fault_of_folder(path, kind)
@@ -126,10 +132,12 @@ def check(text: str, kind: Kind) -> None:
             fault = "does not exist"
         else:
             fault = None if is_id(text) else "is none of them"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
         fault = f"can not be read ({one_line(error)})"
     if fault:
         raise InputError(f"{kind.flag} must be {kind.forms}, but {text!r} {fault}")
+    if path.exists():
+        admit(layout_of(path, kind))
 
 
 def is_id(text: str) -> bool:
@@ -237,7 +245,11 @@ def _download(repo: str, patterns: list[str], kind: Kind) -> Path:
     from huggingface_hub import snapshot_download
 
     ask = partial(snapshot_download, repo, allow_patterns=patterns)
-    return Path(_patiently(ask, repo, kind))
+    try:
+        return Path(_patiently(ask, repo, kind))
+    except KeyboardInterrupt:
+        to_stderr("")  # the client's bar stands there
+        raise
 
 
 def _patiently(
@@ -254,14 +266,31 @@ def _patiently(
     for pause in _PAUSES:
         try:
             with _hub_errors(repo, kind):
-                return ask()
+                return _aside(ask)
         except _UnreachableError as error:
             if not worth_it(error):
                 raise
             to_stderr(f"{repo}: {error.reason}; trying again in {pause} s")
         time.sleep(pause)
     with _hub_errors(repo, kind):
-        return ask()
+        return _aside(ask)
+
+
+def _aside(ask: Callable[[], Any]) -> Any:
+    """What `ask` gives, or raises, in a thread of its own: a signal waits for no dead line."""
+    future: Future[Any] = Future()
+
+    def answer() -> None:
+        try:
+            future.set_result(ask())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1)  # second: Windows hears of a Ctrl-C between two waits only
+    return future.result()
 
 
 @contextmanager

@@ -52,6 +52,7 @@ MODULES = {
     "diffusers": "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "transformers": "transformers.models.clipseg.modeling_clipseg",
     "scipy": "scipy.stats",
+    "pytest-xdist": "xdist",
 }
 
 # Programs for the environment's Python. They run in HERE, so they see the modules main.py sees.
@@ -229,7 +230,7 @@ def read_stamp(environment):
     """What was proven about this environment; empty when nothing was."""
     try:
         stamp = json.loads((environment.prefix / STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return stamp if isinstance(stamp, dict) else {}
 
@@ -347,8 +348,9 @@ def last_line(text):
 def say(line):
     # type: (str) -> None
     """Tell the user, on stderr: stdout is for results."""
-    sys.stderr.write("{}\n".format(line))
-    sys.stderr.flush()
+    if sys.stderr:  # None where it was closed
+        sys.stderr.write("{}\n".format(line))
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 import outputs
-from cycles import PICTURES, Key, Records, Row
+from cycles import PICTURES, Key, Records, Row, picture
 from errors import InputError, blaming
 from hub import POCKET
 from judges import (
@@ -116,8 +115,7 @@ def _rows(
 
 
 def _seen(judge: Judge, file: Path, prompt: Prompt) -> Notes:
-    with Image.open(file, formats=["PNG"]) as picture:
-        image = picture.convert("RGB")
+    image = picture(file)
     with blaming(f"the judge {judge.name}"):
         return judge.see(image, prompt)
 
@@ -126,10 +124,11 @@ def noted(records: Records, judge: str) -> dict[NoteKey, Row]:
     """What a judge noted of this evaluation's cycles and of single subjects; the last counts."""
     found: dict[NoteKey, Row] = {}
     for row in records.notes(judge):
-        whole = {"seed"} | ({"notes"} if "single" in row else set(PICTURES))
-        if whole <= row.keys():
-            name: int | str = row["single"] if "single" in row else row.get("prompt", 1)
-            found[name, row["seed"]] = row
+        of_single = "single" in row
+        name, seed = row["single"] if of_single else row.get("prompt", 1), row.get("seed")
+        told = row.keys() >= ({"notes"} if of_single else set(PICTURES))
+        if told and isinstance(name, (int, str)) and isinstance(seed, int):
+            found[name, seed] = row
     return found
 
 

@@ -30,11 +30,12 @@ _OTHER_CLASSES = {
     "Upscale": "an upscaler",
     "Video|Animate|Wan|LTX|Mochi|CogVideo|Hunyuan|Cosmos": "a video model",
 }
+_ON_EDM = "a model on EDM's schedule"
 # The same by the names of a single file's tensors.
 _OTHER_TENSORS = {
     r"(.*\.)?double_blocks\.": "FLUX",
     r"conditioner\.embedders\.0\.model\.": "the refiner of Stable Diffusion XL",
-    r"edm_mean": "a model on EDM's schedule",
+    r"edm_mean": _ON_EDM,
     r"(control_model|controlnet_\w+|input_hint_block|zero_convs)\.": "a ControlNet",
     r"(.*\.)?(motion_modules|temporal_\w+|time_stack|time_mixer)\.": "a video model",
 }
@@ -55,6 +56,7 @@ class Layout:
     lenders: Mapping[str, str] = field(default_factory=dict)
     on_flows: bool = False  # the model's schedule is a flow's
     size_factor: int = 8  # sizes are multiples of so many pixels
+    taesd: str = ""  # the Hub id of the tiny decoder for its latents
 
     @property
     def needs(self) -> list[str]:
@@ -159,6 +161,7 @@ _SECOND_CLIP = {"text_encoder_2": _TRANSFORMERS, "tokenizer_2": _TOKENIZER}
 _T5 = {"text_encoder_3": _TRANSFORMERS, "tokenizer_3": _T5_TOKENIZER}
 # The same in single files, by the names of the tensors.
 _UNET_TENSORS = {"U-Net": r"model\.diffusion_model\.\w+_blocks?\."}
+_VAE_ENTRY = r"(.*\.)?decoder\.conv_in\.weight"  # takes the latents
 _VAE_TENSORS = {"VAE": r"(first_stage_model|vae)\."}
 
 STABLE_DIFFUSION = "CompVis/stable-diffusion-v1-4"
@@ -180,6 +183,7 @@ MODEL = Kind(
                 r"cond_stage_model\.model\.": "stabilityai/stable-diffusion-2-1",
                 "": STABLE_DIFFUSION,
             },
+            taesd="madebyollin/taesd",
         ),
         Layout(
             classes=("StableDiffusionXLPipeline",),
@@ -191,6 +195,7 @@ MODEL = Kind(
                 "second CLIP text model": r"conditioner\.embedders\.1\.model\.",
             },
             lenders={"": "stabilityai/stable-diffusion-xl-base-1.0"},
+            taesd="madebyollin/taesdxl",
         ),
         Layout(
             classes=("StableDiffusion3Pipeline",),
@@ -209,6 +214,7 @@ MODEL = Kind(
             },
             on_flows=True,
             size_factor=16,
+            taesd="madebyollin/taesd3",
         ),
     ),
     instead="what works without it: --model pocket, a diffusers folder, a .safetensors file",
@@ -222,10 +228,19 @@ VAE = Kind(
         Layout(
             classes=("AutoencoderKL",),
             parts={"": _DIFFUSERS},
-            tensors={"VAE": r"(.*\.)?decoder\.conv_in\.weight"},
+            tensors={"VAE": _VAE_ENTRY},
         ),
     ),
     instead="what works without it: a VAE's folder, a .safetensors file, the model's own VAE",
+)
+OWN_TAESD = "taesd"  # a model's folder may hold its own tiny decoder under this name
+TAESD = Kind(
+    flag="--preview taesd",
+    title="an AutoencoderTiny",
+    pocket=MODEL.pocket / OWN_TAESD,
+    marker=("config.json", "_class_name"),
+    layouts=(Layout(classes=("AutoencoderTiny",), parts={"": _DIFFUSERS}),),
+    instead="what works without it: --preview vae, half or linear",
 )
 SEGMENTER = Kind(
     flag="--clipseg",
@@ -277,9 +292,11 @@ def shapes_of(file: Path) -> Shapes | None:
         text = opened.read(length if length <= _LARGEST_HEADER else 0)
     try:
         header = json.loads(text)
-        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
-    except (AttributeError, KeyError, TypeError, ValueError):
+        shapes = {n: tensor["shape"] for n, tensor in header.items() if n != "__metadata__"}
+        sound = all(type(size) is int for shape in shapes.values() for size in list(shape))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
+    return shapes if sound else None
 
 
 def layout_of(source: Path, kind: Kind) -> Layout:
@@ -303,15 +320,19 @@ def fault_of_folder(folder: Path, kind: Kind, *, as_marked: bool = False) -> str
     try:
         said = marked(folder, kind)
         channels = _json(folder / "unet" / "config.json").get("in_channels", 4)
+        schedule = _json(folder / "scheduler" / "scheduler_config.json")
     except ValueError as error:
         return f"has a corrupt {error}"
 
     def holds(part: str) -> bool:
-        return any(said.get(part, ())) if as_marked else (folder / part).is_dir()
+        return said.get(part) not in (None, [None, None]) if as_marked else (folder / part).is_dir()
 
     name = said.get(kind.marker[1])
-    fault = fault_of_model(kind, name, lambda file: (folder / file).is_file(), holds)
-    return fault or (None if channels == 4 else f"is {_taking(channels)}, not {kind.title}")
+    if fault := fault_of_model(kind, name, lambda file: (folder / file).is_file(), holds):
+        return fault
+    if channels != 4:
+        return f"is {_taking(channels)}, not {kind.title}"
+    return f"is {_ON_EDM}, not {kind.title}" if "sigma_data" in schedule else None
 
 
 def fault_of_model(
@@ -357,11 +378,26 @@ def marked(folder: Path, kind: Kind) -> dict[str, Any]:
     return _json(folder / file) or own
 
 
+def latent_channels(vae: Path) -> int | None:
+    """How many channels the latents of a VAE's folder or single file have, as far as it says."""
+    if vae.is_dir():
+        channels = _json(vae / "config.json").get("latent_channels")
+        return channels if isinstance(channels, int) else None
+    shapes = [shape for name, shape in (shapes_of(vae) or {}).items() if re.match(_VAE_ENTRY, name)]
+    return shapes[0][1] if shapes and len(shapes[0]) == 4 else None
+
+
+def text_width(folder: Path) -> int | None:
+    """How wide the text is that a folder's U-Net reads, where it has one that says so."""
+    width = _json(folder / "unet" / "config.json").get("cross_attention_dim")
+    return width if isinstance(width, int) else None
+
+
 def _json(file: Path) -> dict[str, Any]:
     """The content of a JSON file, empty where there is none. Raises ValueError with its name."""
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise ValueError(file.name)
@@ -397,7 +433,8 @@ def _other_model(shapes: Shapes) -> str | None:
         return "a LoRA, which --lora takes"
     if any(len(shape) == 5 for shape in shapes.values()):  # convolutions over time, too
         return "a video model"
-    channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))[1]
+    first = shapes.get("model.diffusion_model.input_blocks.0.0.weight", (0, 4))
+    channels = first[1] if len(first) > 1 else 0
     return None if channels == 4 else _taking(channels)
 
 

@@ -7,31 +7,40 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hub
 import loras
-from errors import InputError, ModelError, TemperingError, memory_errors, one_line
+from errors import InputError, ModelError, TemperingError, importing, memory_errors, one_line
 from kinds import (
     BLIP_VQA,
     CLIP,
     EYES,
     MODEL,
     OWLV2,
+    OWN_TAESD,
     SEGMENTER,
+    TAESD,
     VAE,
     Layout,
+    fault_of_folder,
+    latent_channels,
     layout_of,
     shapes_of,
 )
-from loras import Lora, parts_of
-from settings import PREDICTION_TYPES
+from loras import Lora
+from settings import AUTO, BACKENDS, PREDICTION_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +83,8 @@ UNWANTED = {
     "image_encoder": None,
     "add_watermarker": False,
 }
+CXX = {"darwin": "clang++", "win32": "cl"}  # torch's choice by system; of others g++
+OPENVINO, OPENVINO_REQUIREMENTS = "openvino", "requirements-openvino.txt"
 OFFLOADS = {"model": "enable_model_cpu_offload", "sequential": "enable_sequential_cpu_offload"}
 
 
@@ -88,6 +99,9 @@ def load_pipeline(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: str | None = None,
+    preview: str = AUTO,
+    backend: str = "torch",
+    compiled: bool = False,
     sizes: Sequence[int | None] = (),
     offline: bool = False,
     notice: Callable[[str], None] = hub.to_stderr,
@@ -98,9 +112,13 @@ def load_pipeline(
     cache, the bundled pocket, which `notice` is told. `model_name` tells which one it became.
     Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
     leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
-    `prediction_type` None is what the model itself says. `sizes` are what it is to paint: what its
-    family does not is refused here. `dtype` and `device` are names as on the command line, or
-    torch's own. Raises InputError before anything is loaded, ModelError and ResourceError after.
+    `prediction_type` None is what the model itself says. `preview` is the setting of that name: for
+    "taesd" and, where it can be had, for "auto" the pipeline gets a tiny decoder, `taesd`.
+    `backend` "openvino" lets OpenVINO run the networks that take the time, as they are now: a LoRA
+    that is loaded later changes nothing. `compiled` lets torch compile the denoiser. `sizes` are
+    what it is to paint: what its family does not is refused here. `dtype` and `device` are names as
+    on the command line, or torch's own. Raises InputError before anything is loaded, ModelError and
+    ResourceError after.
     """
     kind = MODEL if t5 else MODEL.bare
     if scheduler is not None:
@@ -113,14 +131,43 @@ def load_pipeline(
         hub.check(model, kind)
     if vae is not None:
         hub.check(vae, VAE)
-    for each in lora:
-        loras.check(each)
+    for text in lora:
+        loras.check(text)
     target = pick_device(device)
     pick_dtype(dtype, target)
     if offload is not None and offload not in OFFLOADS:
         raise InputError(f"--offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload is not None and target.type == "cpu":
         raise InputError(f"--offload needs a GPU, but this run is on the cpu, got {offload!r}")
+    check_backend(backend, target, compiled)
+
+    admit = admission(scheduler, prediction_type, sizes)
+    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
+    layout = layout_of(source, kind)
+    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
+    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
+    if vae_source is not None:
+        got, own = latent_channels(vae_source), latent_channels(configuration / "vae")
+        if got and own and got != own:
+            raise InputError(f"--vae must take latents of {own} channels, but {vae!r} takes {got}")
+    tiny = _taesd_source(source, layout, preview, offline)
+    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
+    for each in found_loras:
+        loras.check_fit(each, layout, configuration)
+    precision = _precision(source, dtype, target, layout.on_flows)
+    pipe = _pipeline(source, layout, configuration, vae_source, precision)
+    with _loading(source):
+        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
+        set_scheduler(pipe, scheduler or default_scheduler(pipe))
+    add_loras(pipe, found_loras)
+    pipe.taesd = None if tiny is None else _taesd(tiny, pipe, preview)
+    return _on_backend(place(pipe, target, offload), backend, compiled, notice)
+
+
+def admission(
+    scheduler: str | None, prediction_type: str | None, sizes: Sequence[int | None]
+) -> hub.Admit:
+    """What raises InputError for a model of a family that does not do what the flags ask for."""
 
     def admit(layout: Layout) -> None:
         if scheduler is not None:
@@ -132,25 +179,57 @@ def load_pipeline(
             text = "--prediction_type must not be given with Stable Diffusion 3"
             raise InputError(f"{text}, got {prediction_type!r}")
 
-    source = hub.resolve(model, kind, offline=offline, notice=notice, admit=admit)
-    layout = layout_of(source, kind)
-    configuration = source if source.is_dir() else hub.configuration(source, kind, offline)
-    vae_source = None if vae is None else hub.locate(vae, VAE, offline)
-    found_loras = [loras.locate(each, offline) for each in lora]  # all is fetched before it loads
-    precision = _precision(source, dtype, target, layout.on_flows)
-    pipe = _pipeline(source, layout, configuration, vae_source, precision)
-    with _loading(source):
-        pipe.scheduler = _corrected(pipe.scheduler, source, prediction_type)
-        set_scheduler(pipe, scheduler or default_scheduler(pipe))
-    add_loras(pipe, found_loras)
+    return admit
+
+
+def place(
+    pipe: DiffusionPipeline, device: torch.device, offload: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline on its device; of an `offload` only what runs there, a picture at a time."""
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
+        if tiny := getattr(pipe, "taesd", None):  # no part of diffusers' pipeline, and
+            tiny.to(device)  # too small to be worth offloading
         if offload is None:
-            return pipe.to(target)
+            return pipe.to(device)
         pipe.vae.enable_slicing()
         pipe.vae.enable_tiling()
-        getattr(pipe, OFFLOADS[offload])(device=target)
+        getattr(pipe, OFFLOADS[offload])(device=device)
         return pipe
+
+
+def check_backend(name: str, device: torch.device | None = None, compiled: bool = False) -> None:
+    """Raise InputError for a backend that there is not, here or on `device`, or not `compiled`."""
+    if name not in BACKENDS:
+        raise InputError(f"--backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if compiled and name == OPENVINO:
+        raise InputError("--compile is for --backend torch, got openvino")
+    if compiled and device is not None and device.type == "cpu":
+        compiler = os.environ.get("CXX", CXX.get(sys.platform, "g++"))
+        if shutil.which(compiler) is None:
+            required = "a C++ compiler, which the environment variable CXX can name"
+            raise InputError(f"--compile needs {required}, got {compiler!r}, which is not there")
+    if name != OPENVINO:
+        return
+    if find_spec(OPENVINO) is None:
+        install = f"{sys.executable} -m pip install -r {OPENVINO_REQUIREMENTS}"
+        raise InputError(f"--backend openvino needs OpenVINO, which is not installed: {install}")
+    if device is not None and device.type != "cpu":
+        raise InputError(f"--backend openvino needs --device cpu, got {str(device)!r}")
+
+
+def _on_backend(
+    pipe: DiffusionPipeline, backend: str, compiled: bool, notice: Callable[[str], None]
+) -> DiffusionPipeline:
+    """The pipeline, ready, with its networks on what runs them."""
+    if backend == OPENVINO or compiled:
+        import backends
+
+        if compiled:
+            backends.compile_pipeline(pipe)
+        else:
+            backends.convert_pipeline(pipe, notice)
+    return pipe
 
 
 def _pipeline(
@@ -172,7 +251,8 @@ def _pipeline(
         try:
             pipe = _load(pipeline, source, configuration, **parts, torch_dtype=precision)
         except Exception:
-            _name_gaps(source, configuration)
+            if source.is_file():
+                _name_gaps(source, configuration)
             raise
         if source.is_file() and "text_encoder_3" in layout.parts:
             # diffusers leaves the second name of T5's embeddings on "meta", and its dropout on.
@@ -181,6 +261,50 @@ def _pipeline(
         pipe.register_to_config(_name_or_path=str(source))
         _check_parts(pipe)
     return pipe
+
+
+def _taesd_source(source: Path, layout: Layout, preview: str, offline: bool) -> Path | None:
+    """The folder of the tiny decoder for a model: its own, or its family's.
+
+    None where the preview does not want it, or where "auto" has to do without.
+    """
+    if preview not in (AUTO, "taesd"):
+        return None
+    own = source / OWN_TAESD
+    if own.is_dir() and not fault_of_folder(own, TAESD):
+        return own
+    if hub.name_of(source) == hub.POCKET:
+        if preview == AUTO:
+            return None
+        raise InputError(f"--preview taesd must not be given with the pocket; {TAESD.instead}")
+    try:
+        return hub.fetch(layout.taesd, TAESD, offline)
+    except ModelError:
+        if preview == AUTO:
+            return None
+        raise
+
+
+def _taesd(source: Path, pipe: DiffusionPipeline, preview: str) -> Any | None:
+    """The tiny decoder in the VAE's dtype; for "auto" None where it is of other latents.
+
+    Raises ModelError for one that is damaged, or of other latents.
+    """
+    with _loading(source) as diffusers:
+        tiny = _network(diffusers.AutoencoderTiny, "taesd", source, source, pipe.vae.dtype)
+    vae, config = pipe.vae.config, tiny.config
+    found = config.latent_channels, 2 ** (len(config.num_decoder_blocks) - 1)
+    needed = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
+    if found == needed:
+        return tiny.eval()
+    if preview == AUTO:
+        return None
+    (channels, factor), (own_channels, own_factor) = found, needed
+    raise ModelError(
+        f"the tiny decoder {hub.name_of(source)} does not fit: it takes {channels} channels and "
+        f"enlarges {factor} times, the model's VAE {own_channels} and {own_factor}; "
+        f"{TAESD.instead}"
+    )
 
 
 def _without(pipeline: Any, layout: Layout) -> dict[str, Any]:
@@ -223,8 +347,10 @@ def add_loras(pipe: DiffusionPipeline, found: Sequence[Lora]) -> None:
                     folder, weight_name=name, adapter_name=adapter, local_files_only=True
                 )
             changed = [part for part, there in pipe.get_list_adapters().items() if adapter in there]
-            if strangers := [part for part in parts_of(lora.file) if part not in changed]:
+            if strangers := [part for part in lora.parts if part not in changed]:
                 raise ValueError(f"it changes {' and '.join(strangers)}, which is not there")
+            if not changed:
+                raise ValueError("it names no part that it would change")
         except TemperingError:
             raise
         except Exception as error:  # of diffusers, of peft, of torch: whatever they stumble over
@@ -239,7 +365,9 @@ def load_clipseg(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    backend: str = "torch",
     offline: bool = False,
+    notice: Callable[[str], None] = hub.to_stderr,
 ) -> ClipSeg:
     """CLIPSeg with its checkpoint's own processor, ready on its device; None is `hub.CLIPSEG`.
 
@@ -249,6 +377,7 @@ def load_clipseg(
     hub.check(model, SEGMENTER)
     target = pick_device(device)
     pick_dtype(dtype, target)
+    check_backend(backend, target)
     source = hub.locate(model, SEGMENTER, offline)
     with _loading(source):
         from segmentation import ClipSeg
@@ -260,7 +389,12 @@ def load_clipseg(
         processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
         _check_words(processor.tokenizer, clipseg.config.text_config)
     with memory_errors():
-        return ClipSeg(clipseg.to(target).eval(), processor)
+        network = clipseg.to(target).eval()
+        if backend == OPENVINO:
+            import backends
+
+            backends.convert_clipseg(network, notice)
+        return ClipSeg(network, processor)
 
 
 def load_judge(
@@ -450,15 +584,15 @@ def _classes(folder: Path) -> dict[str, Any]:
     return {name: cls for name, cls in classes.items() if hasattr(cls, "named_parameters")}
 
 
-def _name_gaps(source: Path, configuration: Path) -> None:
+def _name_gaps(file: Path, configuration: Path) -> None:
     """Raise ValueError for the first network that a single file does not hold whole.
 
     A pipeline says only that something does not fit. Its networks, each by itself, say what.
     """
     for name, cls in _classes(configuration).items():
-        if source.is_file() and hasattr(cls, "from_single_file"):
+        if hasattr(cls, "from_single_file"):
             try:
-                _check_whole(name, _load(cls, source, configuration / name))
+                _load(_checking(cls, name), file, configuration / name)
             except Exception as error:
                 raise ValueError(f"of the {name}: {one_line(error)}") from error
 
@@ -475,14 +609,28 @@ def _lent(names: Iterable[str], lender: Path, precision: torch.dtype) -> dict[st
 def _network(cls: Any, part: str, source: Path, configuration: Path, precision: torch.dtype) -> Any:
     """One network from a folder or a single file. Raises ValueError where it is not whole."""
     if source.is_file():
-        network = _load(cls, source, configuration)  # a dtype would be the end of one with gaps
-        _check_whole(part, network)
-        return network.to(precision)
+        network = _load(_checking(cls, part), source, configuration, torch_dtype=precision)
+        network.__class__ = cls
+        return network
     # What has another shape would otherwise end the loading, uncounted, in words of a library.
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     network, report = _load(cls, source, configuration, torch_dtype=precision, **options)
     _check_whole(part, network, report["missing_keys"], report["mismatched_keys"])
     return network
+
+
+def _checking(cls: Any, part: str) -> Any:
+    """The class, whose networks check that they are whole before they are moved.
+
+    From a single file diffusers moves a network at once, which ends without a name for what lacks.
+    """
+
+    class Checking(cls):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            _check_whole(part, self)
+            return super().to(*args, **kwargs)
+
+    return Checking
 
 
 def _check_whole(
@@ -539,10 +687,11 @@ def _check_length(tokenizer: Any, text: Any) -> None:
 @contextmanager
 def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterator[Any]:
     """Gives diffusers, without its chatter, and turns what fails into one line of our own."""
-    _quiet()
-    # Imported for real, for diffusers is lazy: what an installation lacks is no fault of the
-    # weights either.
-    getattr(import_module("diffusers"), pipeline)
+    with importing():  # for real, since diffusers is lazy: this is no fault of the weights
+        torch = import_module("torch")
+        _quiet()
+        getattr(import_module("diffusers"), pipeline)
+    before = torch.get_default_dtype()
     try:
         with memory_errors(), warnings.catch_warnings():
             # torch_dtype is the one name that every version of diffusers in range knows.
@@ -555,6 +704,8 @@ def _loading(source: Path, pipeline: str = "StableDiffusionPipeline") -> Iterato
         remedy = f"delete {entry} and run again" if entry else "put a sound copy in its place"
         fault = f"weights of {hub.name_of(source)} are corrupt or do not fit"
         raise ModelError(f"{fault}: {one_line(error)}; {remedy}") from error
+    finally:
+        torch.set_default_dtype(before)  # which they change, and forget where something fails
 
 
 def _quiet() -> None:
@@ -567,7 +718,7 @@ def _quiet() -> None:
     had_bars = not are_progress_bars_disabled()
     for library in ("transformers", "diffusers"):  # advice starts while diffusers is imported
         log = import_module(f"{library}.utils.logging")
-        log.set_verbosity_error()
+        log.set_verbosity(CRITICAL)  # errors, too: they are raised as well
         log.disable_progress_bar()
     if had_bars:  # transformers' switch turned them off as well
         enable_progress_bars()

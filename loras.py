@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import hub
 from errors import InputError, ModelError, one_line
-from kinds import PICKLES, WEIGHTS, Kind, Layout, is_lora, shapes_of
+from kinds import PICKLES, WEIGHTS, Kind, Layout, Shapes, is_lora, shapes_of, text_width
 
 FORMS = "a .safetensors file, a folder with one, a Hub id or Hub id/file, with :WEIGHT if wanted"
 USUAL = "pytorch_lora_weights.safetensors"  # what diffusers calls the file
@@ -27,6 +28,8 @@ _PARTS = {
     "text_encoder": r"text_encoder\.|lora_te1?_",
     "text_encoder_2": r"text_encoder_2\.|lora_te2_",
 }
+# Those that change how a U-Net reads the text: (rank, width of the text, ...).
+_READING_TEXT = r".*attn2[._](processor\.)?to_[kv].*(lora_A|down)\.weight"
 LORA = Kind(
     flag="--lora",
     title="a LoRA",
@@ -45,7 +48,21 @@ class Lora:
     weight: float
     file: Path
 
+    @cached_property
+    def tensors(self) -> Shapes:
+        """The shapes of its tensors, by name."""
+        return shapes_of(self.file) or {}
+
     @property
+    def parts(self) -> list[str]:
+        """The pipeline's parts that it changes, as far as its tensors' names tell."""
+        return [
+            part
+            for part, pattern in _PARTS.items()
+            if any(re.match(pattern, name) for name in self.tensors)
+        ]
+
+    @cached_property  # every picture tells it, and the file may have hundreds of MB
     def hash(self) -> str:
         """12 digits by which AUTOMATIC1111 knows a LoRA again: SHA-256 of all but the header."""
         with self.file.open("rb") as opened:
@@ -75,8 +92,9 @@ def parsed(text: str) -> tuple[str, float]:
 
 def check(text: str) -> None:
     """Raise InputError where `text` can not name a LoRA, without asking the Hub."""
-    name, _ = parsed(text)
     try:
+        text.encode()  # safetensors opens no other path
+        name, _ = parsed(text)
         path = Path(name).expanduser()
         if path.is_dir() and name:
             fault = _fault_of_names(_names_in(path))
@@ -86,7 +104,7 @@ def check(text: str) -> None:
             fault = None if is_lora(shapes_of(path)) else "has no LoRA in it"
         else:
             fault = None if _on_hub(name) else "is none of them"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
         fault = f"can not be read ({one_line(error)})"
     if fault:
         raise InputError(f"--lora must be {FORMS}, but {text!r} {fault}")
@@ -103,12 +121,22 @@ def locate(text: str, offline: bool) -> Lora:
     return Lora(_title(path), weight, path)
 
 
-def parts_of(file: Path) -> list[str]:
-    """The pipeline's parts that a LoRA changes, as far as its tensors' names tell."""
-    names = shapes_of(file) or {}
-    return [
-        part for part, pattern in _PARTS.items() if any(re.match(pattern, name) for name in names)
-    ]
+def check_fit(lora: Lora, layout: Layout, configuration: Path) -> None:
+    """Raise InputError for a LoRA of another family, as far as names and shapes tell.
+
+    The model's are told by its layout, and by the folder that has its `configuration`.
+    """
+    strangers = [part for part in lora.parts if part not in layout.parts]
+    own = text_width(configuration)
+    reading = [shape for name, shape in lora.tensors.items() if re.match(_READING_TEXT, name)]
+    widths = {shape[1] for shape in reading if len(shape) > 1}
+    if strangers:
+        fault = f"changes {' and '.join(strangers)}, which the model does not have"
+    elif own and widths - {own}:
+        fault = f"is for text of width {min(widths - {own})}, the model's is {own}"
+    else:
+        return
+    raise InputError(f"--lora must be of the model's own family, but {lora.name} {fault}")
 
 
 def _fetched(name: str, offline: bool) -> Path:

@@ -4,17 +4,25 @@ Nothing heavy is imported before the arguments are known to be valid. A Python t
 the other files can read this one, and is told so.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while there is nothing to keep, it just ends
 
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.stderr.write("error: Python 3.10 to 3.13 is needed: start init.py with another one\n")
     sys.exit(2)
 
+import _thread
 import argparse
+import errno
 import importlib
-import signal
+import io
+import os
 import subprocess
 import textwrap
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -29,9 +37,11 @@ import loaders
 import loras
 import prompts
 from budget import THRESHOLDS, Energies
-from errors import InputError, TemperingError, memory_errors
-from outputs import check_writable, read_json
+from errors import InputError, ResourceError, TemperingError, importing, memory_errors
+from outputs import check_writable, encodable, read_json
 from settings import (
+    AUTO,
+    BACKENDS,
     DEFAULT_MOST,
     DEFAULT_STEPS,
     DEFAULT_WAY,
@@ -49,6 +59,7 @@ from settings import (
     in_proportion,
 )
 
+UNHEARD = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 FLOWS = ("tempered_inference", "evaluate", "update")
 MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
 INIT = Path(__file__).with_name("init.py")
@@ -82,6 +93,7 @@ P: Options = {"type": float, "metavar": "P"}
 FOLDER: Options = {"type": Path, "metavar": "FOLDER"}
 
 # A flag has the name and the default of its setting; None is told in its own words.
+MULTIPLE = "pixels, a multiple of 8, with Stable Diffusion 3 of 16 (default: the model's)"
 OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
@@ -111,8 +123,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
-        "height": (N, "pixels, a multiple of 8 (default: the model's)"),
-        "width": (N, "pixels, a multiple of 8 (default: the model's)"),
+        "height": (N, MULTIPLE),
+        "width": (N, MULTIPLE),
     },
     "tempering": {
         "steps": (N, "denoising steps"),
@@ -185,7 +197,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
             {"choices": PREVIEWS},
-            "how the interrupted latents become a picture for CLIPSeg",
+            "how the interrupted latents become a picture for CLIPSeg: by a tiny decoder (taesd, "
+            "fetched with the model), by the VAE, by the VAE on half the side, or by a linear map, "
+            "in which CLIPSeg sees little: on the pocket 2.5 times the U-Net calls for fewer good "
+            "pictures; auto is taesd where it is there, else half, below 512 pixels vae; taesd and "
+            "half are not verified on Stable Diffusion itself",
         ),
     },
     "models": {
@@ -224,6 +240,17 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
     "machine": {
         "device": (NAME, "cuda, mps, xpu or cpu (default: the best one present)"),
         "dtype": (NAME, "fp16, bf16 or fp32 (default: what the device does best)"),
+        "backend": (
+            {"choices": BACKENDS},
+            "what runs denoiser, VAE and CLIPSeg; openvino, for CPUs, is faster with some models "
+            "and machines: it converts them once, keeps them in the user's cache, and needs "
+            f"{loaders.OPENVINO_REQUIREMENTS}",
+        ),
+        "compile": (
+            EITHER,
+            "let torch compile the denoiser: minutes at the start of every run, so for long "
+            "evaluations; what it gains is not measured, and it is not verified on GPUs",
+        ),
         "offload": (
             NAME,
             "model or sequential: keep only that part of Stable Diffusion in GPU memory which "
@@ -275,7 +302,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 (failed at run time), 2 (bad input) or 130 (Ctrl-C)."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
-        run(words)
+        try:
+            prepare_streams()
+            run(words)
+        finally:
+            flush_results()
     except (KeyboardInterrupt, Exception) as error:
         # Libraries that are interrupted while they are imported raise whatever comes of it.
         if heeded or isinstance(error, KeyboardInterrupt):
@@ -283,13 +314,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         if "--debug" in words:
             traceback.print_exc()
-        known = isinstance(error, TemperingError)
-        print(f"error: {error if known else unexpected(error)}", file=sys.stderr)
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, TemperingError) else 1
     return 0
 
 
-def unexpected(error: Exception) -> str:
+def prepare_streams() -> None:
+    """Closed streams lead nowhere; others show as escapes what their encoding does not have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_results() -> None:
+    """Raise ResourceError where nobody reads stdout any more, or it is on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try again at its end, and complain in words of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ResourceError(unheard(error)) from error
+
+
+def unheard(error: OSError) -> str:
+    return f"can not write to standard output ({error.strerror})"
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says to the user."""
+    if isinstance(error, TemperingError):
+        return str(error)
+    # Of stdout, without a buffer or with a full one: what is meant for the disk has a file's name.
+    if isinstance(error, OSError) and error.errno in UNHEARD and error.filename is None:
+        return unheard(error)
     first = (str(error).splitlines() or [""])[0]
     return f"unexpected {type(error).__name__}: {first} (--debug shows where)"
 
@@ -301,13 +361,8 @@ def run(words: Sequence[str]) -> None:
     if flow == "update":
         sys.exit(subprocess.call([sys.executable, str(INIT), "--update"]))
     request = to_request(args)
-    try:
+    with importing():
         flow_module = importlib.import_module(MODULES[flow])
-    except ModuleNotFoundError as error:
-        raise TemperingError(
-            f"{error.name} is not installed in this Python: start with `python init.py` and the "
-            "same flags, or activate .venv"
-        ) from error
     with memory_errors():
         flow_module.run(request)
 
@@ -493,7 +548,7 @@ def to_request(args: argparse.Namespace) -> Request:
         evaluate=args.evaluate,
         cycles=args.cycles,
         prompt_set=asked,
-        set_name=Path(args.prompts_file).stem if asked else None,
+        set_name=encodable(Path(args.prompts_file).stem) if asked else None,
         batch=args.batch,
         judges=None if args.judge is None else tuple(args.judge),
         calibration=args.calibration,
@@ -501,7 +556,7 @@ def to_request(args: argparse.Namespace) -> Request:
         resume=args.resume,
         blind=args.blind,
     )
-    check_models(request.models)
+    check_models(request.models, settings)
     if args.calibration:
         calibration.load(args.calibration).check(known_origin(request), args.calibration)
     check_writable(args.resume or args.output)
@@ -510,16 +565,14 @@ def to_request(args: argparse.Namespace) -> Request:
 
 def known_origin(request: Request) -> calibration.Origin:
     """What can be told of a run's energies before its models are loaded."""
-    settings = request.settings
-    found = {
-        name: getattr(settings, name)
-        for name in ("steps", "stoptime", "look_guidance", "mirror", "preview")
-    }
-    if settings.guidance_scale is not None:
-        found["guidance_scale"] = settings.guidance_scale
+    settings = asdict(request.settings)
+    names = settings.keys() & calibration.NAMES.keys()
+    of_the_model = {n for n in ("guidance_scale", "height", "width") if settings[n] is None}
+    of_the_model |= {"preview"} if settings["preview"] == AUTO else set()
+    found = {name: settings[name] for name in names - of_the_model}
     if request.models.scheduler is not None:
         found["scheduler"] = loaders.scheduler_name(request.models.scheduler)
-    return {**found, "early_look": settings.looks[0]}
+    return {**found, "early_look": request.settings.looks[0]}
 
 
 def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
@@ -532,17 +585,23 @@ def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:
     )
 
 
-def check_models(models: Models) -> None:
-    """Raise InputError for names that can not mean a model or a scheduler."""
+def check_models(models: Models, settings: Tempering) -> None:
+    """Raise InputError for names that can not mean a model or a scheduler.
+
+    Of a model on this machine for settings, too, that its family does not do.
+    """
     if models.scheduler is not None:
         loaders.scheduler_name(models.scheduler)
-    for name, kind in (
-        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare),
-        (models.clipseg, kinds.SEGMENTER),
-        (models.vae, kinds.VAE),
+    loaders.check_backend(models.backend, compiled=models.compile)
+    sizes = settings.height, settings.width
+    admit = loaders.admission(models.scheduler, models.prediction_type, sizes)
+    for name, kind, fits in (
+        (models.model, kinds.MODEL if models.t5 else kinds.MODEL.bare, admit),
+        (models.clipseg, kinds.SEGMENTER, hub.anything),
+        (models.vae, kinds.VAE, hub.anything),
     ):
         if name is not None:
-            hub.check(name, kind)
+            hub.check(name, kind, fits)
     for lora in models.lora:
         loras.check(lora)
 
@@ -585,16 +644,39 @@ def heed_signals() -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays
             signal.signal(number, interrupt)
+    sys.unraisablehook = interrupt_again
 
 
 def interrupt(number: int, frame: object) -> None:
     """Raise KeyboardInterrupt; others than Ctrl-C once, for launchers send them several times."""
-    heeded.append(number)
-    if number != signal.SIGINT:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    if number == signal.SIGINT or number not in heeded:
+        heeded.append(number)
+        raise KeyboardInterrupt
+
+
+def interrupt_again(ignored: Any) -> None:
+    """Repeat a signal that came while Python tidied up, where whatever is raised is ignored."""
+    if heeded and ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, repeat, [heeded.pop()]).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
+def repeat(number: int) -> None:
+    """Send this process's first thread a signal."""
+    if os.name == "nt":
+        _thread.interrupt_main(signal.Signals(number))
+    else:  # which wakes it, too, where it waits
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; an interrupted one at once: Python would wait for a download's threads."""
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     heed_signals()
-    sys.exit(main())
+    leave(main())

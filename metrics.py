@@ -15,7 +15,8 @@
 | `differences`              | D (N,)      | tempered - plain, one for each cycle                 |
 | `groups`                   | P           | prompts: cycles of one prompt belong together        |
 
-Everything is float64 and pure: no model, no torch, no file.
+Everything is float64 and pure: no model, no torch, no file. scipy, a tenth of what a start would
+spend on imports, is imported where it is used: after the pictures.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.spatial.distance import jensenshannon
 
 from errors import InputError
 
@@ -106,6 +105,8 @@ def js_distance(matrix: ArrayLike) -> Array:
     matrix: (C, C), in 0..1. Returns (C,) float64 in 0..1, lower is better, 1 for a missing class.
     Raises InputError for a matrix that is not square, empty, not finite or not in 0..1.
     """
+    from scipy.spatial.distance import jensenshannon
+
     checked = _class_matrix(matrix)
     present = checked.sum(axis=1) > 0  # (C,)
     distance = np.ones(len(checked))
@@ -384,11 +385,15 @@ def _interval(resampled: Array | None) -> tuple[float | None, float | None]:
 
 def mcnemar_p(better: int, worse: int) -> float | None:
     """McNemar's exact two-sided p from the pairs that differ; None where none does."""
+    from scipy import stats
+
     changed = better + worse
     return float(stats.binomtest(better, changed, 0.5).pvalue) if changed else None
 
 
 def _wilcoxon_p(differences: Array) -> float | None:
+    from scipy import stats
+
     # Dropping zeros is what scipy does too, but only without them does it take the exact test.
     changed = differences[differences != 0]
     return float(stats.wilcoxon(changed).pvalue) if changed.size else None

@@ -231,8 +231,13 @@ def locked(path: Path, taken: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a killed run has left in `folder`."""
-    for path in folder.glob(".*.tmp"):
+    """Remove the temporary files that killed runs have left in `folder` and in those in it.
+
+    Raises ResourceError where it can not be read.
+    """
+    with _disk_errors(folder, "nothing was changed", "read"):
+        places = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    for path in chain.from_iterable(place.glob(".*.tmp") for place in places):
         if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
             remove = path.rmdir if path.is_dir() else path.unlink
             with suppress(OSError):

@@ -6,13 +6,11 @@ so its text is encoded once.
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
-from types import MappingProxyType
-from typing import Any, TypeVar
+from itertools import chain, groupby
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -21,16 +19,33 @@ from tqdm import tqdm
 import outputs
 from cycles import Key, Records, Row
 from errors import ResourceError, memory_errors
+from memory import free_memory
 from metrics import picture_metrics
 from session import Session
-from tempering import Painter, Result, View, Watched
+from tempering import Painter, Result, View, Walk, Watched
 
 Made = TypeVar("Made")
 Cycles = Sequence[tuple[int, int]]  # of each the row of its text in a painter, and its seed
-Work = Callable[[Sequence[int], Sequence[int]], list[Made]]  # of rows and seeds, of each one thing
+Making = Callable[[Sequence[int], Sequence[int]], list[Made]]  # of rows and seeds, of each a thing
 PROMPTS = 16  # whose text is in memory at once
 MOST = 32  # pictures of a batch that is chosen by free memory: a GPU is busy with far fewer
 SHARE = 0.8  # of the free memory that they may take
+
+
+class OnTheWay(NamedTuple):
+    """A picture on its way."""
+
+    painter: Painter  # the one that has begun it
+    walk: Walk
+
+
+class Work(NamedTuple):
+    """Cycles that can share batches."""
+
+    painter: Painter
+    keys: list[Key]
+    cycles: list[tuple[int, int]]  # the same as `Cycles`
+    walks: list[Walk] | None  # where they have begun
 
 
 class Batch:
@@ -48,18 +63,16 @@ class Batch:
         self._memory = memory if asked is None and hasattr(memory, "mem_get_info") else None
 
     def paint(
-        self, painter: Painter, cycles: Cycles, bar: tqdm, begun: Sequence[Watched] | None = None
+        self, painter: Painter, cycles: Cycles, bar: tqdm, walks: Sequence[Walk] | None = None
     ) -> list[Result]:
-        """The first of `cycles`: as many as fit. `begun` holds all of them, or is None.
+        """The first of `cycles`: as many as fit. `walks` holds those that have begun, or is None.
 
         Raises ResourceError where there is not the memory for one.
         """
 
         def work(rows: Sequence[int], seeds: Sequence[int]) -> list[Result]:
-            watched = begun and begun[: len(seeds)]
-            return painter.temper(
-                seeds, rows=rows, compare=True, watched=watched, progress=bar.update
-            )
+            begun = walks and walks[: len(seeds)]
+            return painter.temper(seeds, rows=rows, compare=True, walks=begun, progress=bar.update)
 
         return self._first(cycles, work)
 
@@ -67,7 +80,7 @@ class Batch:
         """The plain pictures of the first of `cycles` up to their last look, likewise."""
         return self._first(cycles, lambda rows, seeds: painter.watch(seeds, rows=rows))
 
-    def _first(self, cycles: Cycles, work: Work[Made]) -> list[Made]:
+    def _first(self, cycles: Cycles, work: Making[Made]) -> list[Made]:
         while True:
             part = cycles[: self.size]
             try:
@@ -80,7 +93,7 @@ class Batch:
                 self._memory = None
             free_memory(self.device)
 
-    def _measured(self, part: Cycles, work: Work[Made]) -> list[Made]:
+    def _measured(self, part: Cycles, work: Making[Made]) -> list[Made]:
         memory = self._memory
         before = 0
         if memory:
@@ -101,67 +114,57 @@ def fitting(free: int, taken: int) -> int:
     return max(1, min(MOST, int(SHARE * free / max(1, taken))))
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what nothing needs any more."""
-    gc.collect()
-    empty = getattr(getattr(torch, device.type, None), "empty_cache", None)
-    if empty:
-        empty()
-
-
-def watch(
-    session: Session, records: Records, rank: int, keys: Sequence[Key], batch: Batch
-) -> Iterator[tuple[Key, Watched]]:
-    """The plain pictures of cycles up to their last look; the energies of each are on disk then."""
-    with tqdm(desc="energies", total=len(keys), unit="picture", disable=None) as bar:
-        for group in groups(records, keys):
-            painter, waiting = painter_of(session, records, group)
-            while waiting:
-                made = batch.watch(painter, waiting)
-                waiting = waiting[len(made) :]
-                for watched in made:
-                    number, seed = key = group.pop(0)
-                    row = {"prompt": number, "seed": seed, "energies": painter.energies(watched)}
-                    outputs.append_json_line(records.energies_file(rank), row)
-                    bar.update()
-                    yield key, watched
-
-
 def paint(
     session: Session,
     records: Records,
     mine: Sequence[Key],
     batch: Batch,
-    begun: Mapping[Key, Watched] = MappingProxyType({}),
+    begun: dict[Key, OnTheWay],
 ) -> Iterator[Row]:
     """Paint cycles plain and tempered from one shared prefix; yields a row a cycle.
 
-    Its pictures are on disk by then. `begun` holds plain pictures that `watch` has taken to their
-    last look; they come first. The bar is over U-Net calls; how many there will be is known from
-    the cycles that are finished.
+    Its pictures are on disk by then. Those in `begun` come first, and leave it. The bar is over
+    U-Net calls; how many there will be is known from the cycles that are finished.
     """
     finished = 0
     fresh = [key for key in mine if key not in begun]
     with tqdm(desc="U-Net", unit="call", disable=None) as bar:
-        # What is begun in the groups in which it was: in a painter's text it has the same rows.
-        for group in [*groups(records, list(begun)), *groups(records, fresh)]:
-            painter, waiting = painter_of(session, records, group)
+        for painter, group, waiting, walks in chain(
+            taken_up(session, begun), fresh_work(session, records, fresh)
+        ):
             while waiting:
                 started = time.perf_counter()
-                watched = [begun[key] for key in group if key in begun]
-                results = batch.paint(painter, waiting, bar, watched or None)
-                done, waiting = waiting[: len(results)], waiting[len(results) :]
-                keys, group = group[: len(done)], group[len(done) :]
+                results = batch.paint(painter, waiting, bar, walks)
+                size = len(results)
+                done, waiting = waiting[:size], waiting[size:]
+                keys, group = group[:size], group[size:]
+                walks = walks and walks[size:]
                 views = [
                     looks(painter, row, each) for (row, _), each in zip(done, results, strict=True)
                 ]
                 for key, seen in zip(keys, views, strict=True):
                     save(session, records, key, seen)
-                finished += len(done)
+                finished += size
                 bar.total = round(bar.n / finished * len(mine))
-                seconds = (time.perf_counter() - started) / len(done)
+                seconds = (time.perf_counter() - started) / size
                 for key, result, seen in zip(keys, results, views, strict=True):
                     yield row_of(records, key, result, seen, seconds)
+
+
+def fresh_work(session: Session, records: Records, keys: Sequence[Key]) -> Iterator[Work]:
+    """Cycles of which nothing is there, with a painter for each part."""
+    for group in groups(records, keys):
+        painter, waiting = painter_of(session, records, group)
+        yield Work(painter, group, waiting, None)
+
+
+def taken_up(session: Session, begun: dict[Key, OnTheWay]) -> Iterator[Work]:
+    """Cycles that have begun, with the painters that have begun them; they leave `begun`."""
+    for painter, of_painter in groupby(list(begun), lambda key: begun[key].painter):
+        group = list(of_painter)
+        walks = [begun.pop(key).walk for key in group]
+        waiting = [(walk.trunk.row, seed) for walk, (_, seed) in zip(walks, group, strict=True)]
+        yield Work(painter.accepting(session.painter.limits), group, waiting, walks)
 
 
 def painter_of(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def names() -> list[str]:
 
 def lasting(text: str) -> str:
     """The name of a set as it means the same from another working directory."""
-    return text if text in names() else str(Path(text).expanduser().absolute())
+    with suppress(OSError, RuntimeError):  # what can not be found is refused when it is read
+        return text if text in names() else str(Path(text).expanduser().absolute())
+    return text
 
 
 def load(text: str, joiner: str) -> list[Prompt]:
@@ -56,7 +59,7 @@ def load(text: str, joiner: str) -> list[Prompt]:
     Raises InputError, with the number of the line where it is one line's fault.
     """
     bundled = BUNDLED / f"{text.removeprefix('pocket-')}.txt"
-    path = bundled if text in names() else Path(text).expanduser()
+    path = bundled if text in names() else Path(text)
     return parse(_read(path, text).splitlines(), joiner, text)
 
 
@@ -102,6 +105,7 @@ def write(prompts: Sequence[Prompt], joiner: str) -> str:
 def _read(path: Path, text: str) -> str:
     wanted = f"--prompts_file must be a text file or one of {', '.join(names())}"
     try:
+        path = path.expanduser()
         if not path.is_file():
             raise InputError(f"{wanted}, got {text!r}")
         if path.stat().st_size > LARGEST:

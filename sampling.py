@@ -21,10 +21,12 @@ from torch import Generator, Tensor
 
 from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
-from settings import Tempering
+from memory import trim_heap
+from settings import AUTO, Tempering
 
 # Is called with the number of denoiser calls just made; a part of a picture makes a part of one.
 Progress = Callable[[float], object]
+LARGE = 256  # pixels of a side: what smaller pictures leave in memory is not worth the time
 FLOW = "flow_prediction"  # a prediction type, and the schedule that goes with it
 
 
@@ -60,6 +62,8 @@ class Sampler:
     def __init__(self, family: Family, prompts: Sequence[str], settings: Tempering) -> None:
         if settings.guidance_scale is None:
             settings = replace(settings, guidance_scale=family.guidance_scale)
+        if settings.preview == "taesd" and family.taesd is None:
+            raise InputError("preview taesd needs a tiny decoder in the pipeline's taesd, got none")
         self.family = family
         self.settings = settings
         with torch.no_grad(), blaming("the text encoder"):
@@ -140,19 +144,31 @@ class Sampler:
         return back
 
     def preview(self, branches: Sequence[Branch], guidance_scale: float) -> list[Image.Image]:
-        """Pictures of the last evaluations' x0, by the VAE or by the linear map."""
+        """Pictures of the last evaluations' x0."""
         return self.preview_of([self.prediction(each, guidance_scale)[0] for each in branches])
 
     def preview_of(self, clean: Sequence[Tensor]) -> list[Image.Image]:
-        """The same of any x0, each (1, channels, h, w)."""
-        x0, by_vae = torch.cat(list(clean)), self.settings.preview == "vae"
-        with blaming("the VAE"):
-            return self.family.decode(x0) if by_vae else self.family.decode_linearly(x0)
+        """Pictures of any x0, each (1, channels, h, w)."""
+        with blaming("the preview"):
+            return self.family.previews(torch.cat(list(clean)), self.preview_by)
+
+    @cached_property
+    def preview_by(self) -> str:
+        """The preview that runs, where the settings leave it to what there is."""
+        asked = self.settings.preview
+        return self.family.preview_for(self.shape) if asked == AUTO else asked
 
     def decode(self, branches: Sequence[Branch]) -> list[Image.Image]:
         """The pictures of branches that are denoised to the end."""
+        self.trim()  # the VAE takes the most: it shall not come on top of what the denoiser left
         with blaming("the VAE"):
             return self.family.decode(torch.cat([branch.latents for branch in branches]))
+
+    def trim(self) -> None:
+        """Give back the memory that large pictures leave behind."""
+        side = min(self.shape[-2:]) * self.family.pipe.vae_scale_factor
+        if side >= LARGE:
+            trim_heap()
 
     def noise(self, shape: Sequence[int], generator: Generator, dtype: torch.dtype) -> Tensor:
         """Noise of unit variance."""

@@ -193,7 +193,7 @@ def energies(probabilities: Tensor, parts: Tensor | None = None) -> list[float]:
     for i, score in enumerate(scores):
         others = torch.cat([scores[:i], scores[i + 1 :]]).amax(dim=0).clamp(min=0)
         alone = score - others if parts is None else (score - others)[parts[i].flatten()]
-        found.append(1 - float(purest(alone[None], min(count, len(alone)))))
+        found.append(max(0.0, 1 - float(purest(alone[None], min(count, len(alone))))))
     return found
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import calibration
 import outputs
-from budget import THRESHOLDS
-from calibration import NAMES, Origin, Sample
+from budget import THRESHOLDS, Sample
+from calibration import NAMES, Origin
 from errors import blaming
 from families import Reader, family_of
 from hub import POCKET
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from segmentation import ClipSeg
 
-POCKETS_OWN = Path(__file__).parent / "pocket" / calibration.FILE
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "scipy")
 # The settings that a tempered picture's text names; the second ones mean something in rounds only.
 OF_A_ROUND = (
@@ -87,6 +86,7 @@ class Session:
         return {
             **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
             "early_look": settings.looks[0],
+            "preview": self.painter.sampler.preview_by,
             "model": self.model,
             "vae": shown(models.vae) if models.vae else None,
             "lora": [f"{lora.name}:{lora.weight:g}" for lora in self.loras],
@@ -112,8 +112,12 @@ class Session:
 
     def calibrated(self, sample: Sample) -> Session:
         """The same run with thresholds that meet its budget, where they were not given."""
-        limits = self.painter.sought(sample.energies)
-        return replace(self, painter=self.painter.accepting(limits))
+        return replace(self, painter=self.painter.accepting(self.painter.sought(sample)))
+
+    @property
+    def of_the_backend(self) -> list[str]:
+        """The packages that run the networks beside torch."""
+        return [] if self.request.models.backend == "torch" else [self.request.models.backend]
 
     def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
         """A painter like this run's, of other prompts."""
@@ -167,6 +171,7 @@ class Session:
                     f"{lasting(name)}:{weight:g}" for name, weight in map(parsed, models.lora)
                 ],
                 "scheduler": scheduler_of(self.pipe),
+                "preview": self.painter.sampler.preview_by,
             },
             "thresholds": self.thresholds,
             "notice": self.notice,
@@ -182,13 +187,15 @@ class Session:
                 if name.startswith("text_encoder") and part is not None
             ],
             "scheduler": type(self.pipe.scheduler).__name__,
+            "preview": self.painter.sampler.preview_by,
             "device": str(self.painter.sampler.family.device),
             "dtype": self.dtype,
+            "backend": models.backend,
             "started": self.request.begun.isoformat(timespec="seconds"),
             "versions": {
                 "tempering": VERSION,
                 "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
+                **{name: version(name) for name in (*PACKAGES, *self.of_the_backend)},
             },
         }
 
@@ -212,17 +219,25 @@ def open_session(request: Request, device: str | None = None) -> Session:
         t5=models.t5,
         scheduler=models.scheduler,
         prediction_type=models.prediction_type,
+        preview=request.settings.preview,
         sizes=(request.settings.height, request.settings.width),
         device=models.device,
         dtype=models.dtype,
         offload=models.offload,
+        backend=models.backend,
+        compiled=models.compile,
         offline=models.offline,
         notice=notice,
     )
     pipe.set_progress_bar_config(disable=True)
     clipseg_name = models.clipseg or clipseg_for(pipe)
     clipseg = load_clipseg(
-        clipseg_name, device=models.device, dtype=models.dtype, offline=models.offline
+        clipseg_name,
+        device=models.device,
+        dtype=models.dtype,
+        backend=models.backend,
+        offline=models.offline,
+        notice=say,
     )
     with blaming("a tokenizer"):
         warn_of_cuts(pipe, clipseg, request)
@@ -250,14 +265,11 @@ def calibrated(session: Session) -> Session:
         return replace(session, painter=session.painter.accepting(request.limits))
     asked = request.calibration
     if asked:
-        sample = calibration.load(asked)
-        sample.check(session.origin, asked)
-        return session.calibrated(sample)
-    if POCKETS_OWN.is_file():  # not so where it is about to be taken for the first time
-        own = calibration.load(POCKETS_OWN)
-        if own.origin == session.origin:
-            return session.calibrated(own)
-    return session
+        given = calibration.load(asked)
+        given.check(session.origin, asked)
+        return session.calibrated(given.sample)
+    own = calibration.pockets_own()
+    return session.calibrated(own.sample) if own.origin == session.origin else session
 
 
 def lasting(name: str | None) -> str | None:

@@ -19,10 +19,14 @@ VERSION = "0.1.0"
 # torch's CPU generator keeps 32 bits of a seed: larger ones would repeat smaller ones' pictures.
 MAX_SEED = 2**32 - 1
 MAX_STEPS = 1000  # Stable Diffusion's training schedule; no scheduler can take more
-PREVIEWS = ("vae", "linear")
+MAX_CANDIDATES = 1000  # all of a round are in memory together
+MAX_CYCLES = 1_000_000  # of all prompts; what is done of them is known by a list
+AUTO = "auto"  # of the previews: the best that there is
+PREVIEWS = (AUTO, "taesd", "vae", "half", "linear")
 UNCERTAINTIES = ("class", "pixel")
 JUDGES = ("pocket", "owlv2", "blip-vqa")
 NOBODY = "none"  # of the judges
+BACKENDS = ("torch", "openvino")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Every Stable Diffusion v1 VAE shrinks by 8, and diffusers' own pipeline asks for multiples of 8.
 SIZE_FACTOR = 8
@@ -78,7 +82,7 @@ class Tempering:
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
     mirror: bool = True  # with rounds: whether CLIPSeg sees the mirror image, too
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
-    preview: str = "vae"  # how the interrupted latents become a picture for CLIPSeg
+    preview: str = AUTO  # how the interrupted latents become a picture for CLIPSeg
     height: int | None = None  # pixels; None is the model's own size
     width: int | None = None
 
@@ -103,7 +107,7 @@ class Tempering:
                 _real(name, getattr(self, name), 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
         _real("cooling", self.cooling, 0, 1)
-        _whole("candidates", self.candidates, 1, None)
+        _whole("candidates", self.candidates, 1, MAX_CANDIDATES)
         _choice("uncertainty", self.uncertainty, UNCERTAINTIES)
         _real("background", self.background, 0, 1)
         if self.guidance_scale is not OF_THE_FAMILY:
@@ -159,6 +163,8 @@ class Models:
     device: str | None = None  # None: the best one present
     dtype: str | None = None  # None: what the device computes fastest
     offload: str | None = None
+    backend: str = "torch"  # what runs the networks that take the time
+    compile: bool = False  # whether torch compiles the denoiser
     offline: bool = False
 
 
@@ -187,7 +193,9 @@ class Request:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
-        _whole("cycles", self.cycles, 1, None)
+        prompts = len(self.all_prompts)
+        each = f" ({MAX_CYCLES} in all, of {prompts} prompts)" * (prompts > 1)
+        _whole("cycles", self.cycles, 1, MAX_CYCLES // prompts, each)
         if self.batch is not None:
             _whole("batch", self.batch, 1, None)
         for judge in self.judges or ():

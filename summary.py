@@ -10,7 +10,7 @@ from PIL import Image
 
 import outputs
 from comparison import Comparison, Pair, Table, compare, tables
-from cycles import PICTURES, Key, Records, Row
+from cycles import PICTURES, Key, Records, Row, picture
 from judges import REMARKS, Calibration
 from judging import Judged
 from metrics import METRICS, PictureMetrics, scatter
@@ -166,7 +166,7 @@ def draw_sheet(records: Records, rows: Mapping[Key, Row], title: str) -> Image.I
     panels = []
     for key in records.keys[:ON_SHEET]:
         for name in PICTURES:
-            with Image.open(records.picture_file(key, name)) as picture:
-                figures = str(metrics(rows[key][name]))
-                panels.append(Panel(f"{key[1]} {name}", picture.copy(), (figures,)))
+            figures = str(metrics(rows[key][name]))
+            image = picture(records.picture_file(key, name))
+            panels.append(Panel(f"{key[1]} {name}", image, (figures,)))
     return sheet(panels, title)

@@ -11,7 +11,7 @@ scheduler's own schedule for every k, and rounds of it are simulated annealing p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -22,7 +22,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
-from budget import ALWAYS, UNCALIBRATED, Energies, Way, patience, thresholds
+from budget import (
+    LOWEST,
+    Energies,
+    Sample,
+    Sampled,
+    Stop,
+    descend,
+    patience,
+    promising,
+    thresholds,
+)
+from calibration import pockets_own
 from errors import InputError, blaming
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
@@ -160,15 +171,14 @@ class Painter:
         self.evaluations = cache(self.sampler.evaluations)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
         self.calibrated = limits is not None or self.settings.accept is not None
-        self.limits = self.by_hand(limits or self.sought(UNCALIBRATED))
+        self.limits = self.by_hand(limits or self.sought(pockets_own().sample))
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 
-    def sought(self, sample: Sequence[Energies], budget: float | None = None) -> Energies:
+    def sought(self, sample: Sample) -> Energies:
         """At which energies to stop, so that pictures like those of `sample` cost the budget."""
         settings = self.settings
-        budget = settings.budget if budget is None else budget
-        return thresholds(tuple(sample), self.way, budget, settings.max_cost)
+        return thresholds(sample, settings.budget, settings.max_cost, pockets_own().sample)
 
     def by_hand(self, limits: Energies) -> Energies:
         """The thresholds `limits`, but for those that the settings give."""
@@ -191,23 +201,23 @@ class Painter:
         *,
         rows: Sequence[int] | None = None,
         compare: bool = False,
-        watched: Sequence[Watched] | None = None,
+        walks: Sequence[Walk] | None = None,
         progress: Progress | None = None,
     ) -> list[Result]:
         """One tempered picture for each of the seeds; the parameters are those of `temper`.
 
         `rows` says whose prompts each is of (default: one of all B in order). Every picture has a
         random generator of its own, so it does not depend on the batch that it was made in (beyond
-        floating-point rounding). `watched` is what `watch` gave for the same seeds and rows, where
-        the plain pictures have come that far already.
+        floating-point rounding). `walks` are those of the same seeds and rows, where they have
+        begun already.
         """
         report = progress or unheard
-        if watched is None:
+        if walks is None:
             trunks = self.sampler.start(seeds, rows)
             walks = [begun(state) for state in self.follow(trunks, report)]
         else:
-            walks = [self.where_left(each) for each in watched]
             trunks = [walk.trunk for walk in walks]
+            self.take_up(walks, report)
         tempered = self.anneal(walks, report) if self.settings.annealed else self.once(walks)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
@@ -243,7 +253,10 @@ class Painter:
         rows: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[Watched]:
-        """Plain pictures up to `stoptime`, looked at by every look, whatever they show."""
+        """Plain pictures up to `stoptime`, looked at by every look, whatever they show.
+
+        The parameters are those of `temper`.
+        """
         trunks = self.sampler.start(seeds, rows)
         seen = []
         for step in self.settings.looks:
@@ -251,49 +264,99 @@ class Painter:
             seen.append([begun(state) for state in self.examine(trunks, step)])
         return list(zip(*seen, strict=True))
 
-    def energies(self, watched: Watched) -> Energies:
-        """What a sample of energies holds of a plain picture."""
-        seen = [walk.first.view.energy for walk in watched]
-        return Energies(seen[0] if len(seen) > 1 else ALWAYS, seen[-1])
-
     def where_left(self, watched: Watched) -> Walk:
-        """The walk of a picture from the look at which it is left.
+        """The walk of a picture from the look at which it is left."""
+        unpromising = (each for each in watched[:-1] if not self.promising(each.first))
+        return next(unpromising, watched[-1])
 
-        A copy, so that it can be begun again where memory runs out on the way.
+    # --- A sample, from which thresholds follow.
+
+    def looks(self, watched: Watched) -> tuple[Stop, ...]:
+        """What a sample holds of a plain picture."""
+        calibrated = self.accepting(self.limits)
+        return tuple(map(calibrated.stop, watched))
+
+    def sampling(self, looks: Sequence[tuple[Stop, ...]]) -> Painter:
+        """A painter that walks a sample of plain pictures with these looks."""
+        early = promising([Sampled(each, ()).plain for each in looks])
+        return self.accepting(Energies(early, LOWEST))
+
+    def sample(self, pictures: Iterable[Sampled]) -> Sample:
+        """The sample of which this painter walks the pictures."""
+        return Sample(self.plain_calls, self.limits.early, tuple(pictures))
+
+    def missing(self, sample: Sample) -> int | None:
+        """Whose next round must be known, for the sample to have spent the budget.
+
+        None, too, where `accept` is given by hand, and the budget has nothing to say.
         """
-        unpromising = (each for each in watched if not self.promising(each.first))
-        walk = next(unpromising, watched[-1])
-        generator = walk.generator.clone_state()
-        return replace(walk, generator=generator, branches=[walk.trunk], rounds=[])
+        settings = self.settings
+        if settings.accept is not None:
+            return None
+        return descend(sample, settings.budget, settings.max_cost).missing
+
+    # --- The rounds.
+
+    def take_up(self, walks: Sequence[Walk], report: Progress) -> None:
+        """Take on to `stoptime` what was left at the early look by a lower threshold than now."""
+        left = [walk for walk in walks if walk.kept.step < self.settings.stoptime]
+        later = [walk for walk in left if self.promising(walk.kept)]
+        branches = [walk.kept.branch for walk in later]
+        self.sampler.denoise(branches, self.settings.stoptime, report)
+        states = self.examine(branches, self.settings.stoptime)
+        for walk, state in zip(later, states, strict=True):
+            walk.first = state if walk.kept is walk.first else walk.first
+            walk.kept = state
 
     def once(self, walks: Sequence[Walk]) -> list[Branch]:
         """The seed's tempering: every picture goes back once, and what comes of it is taken."""
         depth = self.settings.backsteps
-        return [
-            self.propose(walk, depth) if self.pays(walk, depth) else walk.trunk for walk in walks
-        ]
+        for walk in walks:
+            if self.dearest(walk, depth) <= self.most:
+                walk.branches.append(self.propose(walk, depth, walk.generator))
+        return [walk.branches[-1] for walk in walks]
 
     def anneal(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
         """The branches that are kept after all rounds, each paused at the look it came to.
 
-        A round goes back from the kept states of the pictures that are not good enough yet and can
-        pay for it; the others have left the batch.
+        A picture that is good enough, or can not pay for another round, has left the batch.
         """
-        settings = self.settings
-        for number in range(1, self.rounds + 1):
-            depth = cooled_depth(settings.backsteps, settings.cooling, number)
-            temperature = cooled_temperature(settings.temperature, number, self.rounds)
-            hot = [each for each in walks if not self.good(each.kept) and self.pays(each, depth)]
-            if not hot or not depth:  # going back by no step changes nothing
-                break
-            proposed = [
-                self.propose(walk, depth) for walk in hot for _ in range(settings.candidates)
-            ]
-            found = iter(self.follow(proposed, report))
-            for walk in hot:
-                states = [next(found) for _ in range(settings.candidates)]
-                settle(walk, states, depth, temperature)
+        while hot := [each for each in walks if not self.good(each.kept) and self.may_go_on(each)]:
+            self.round(hot, report)
         return [walk.kept.branch for walk in walks]
+
+    @torch.no_grad()
+    def round(self, walks: Sequence[Walk], report: Progress = unheard) -> None:
+        """Every walk goes back from what it keeps, and keeps what comes of it, or does not.
+
+        Where memory runs out on the way, nothing has happened.
+        """
+        count = self.settings.candidates
+        depths = [self.depth(walk) for walk in walks]
+        generators = [walk.generator.clone_state() for walk in walks]
+        proposed = [
+            self.propose(walk, depth, generator)
+            for walk, depth, generator in zip(walks, depths, generators, strict=True)
+            for _ in range(count)
+        ]
+        found = self.follow(proposed, report)
+        for i, (walk, depth) in enumerate(zip(walks, depths, strict=True)):
+            number = len(walk.rounds) + 1
+            temperature = cooled_temperature(self.settings.temperature, number, self.rounds)
+            walk.generator = generators[i]
+            settle(walk, found[i * count : (i + 1) * count], depth, temperature)
+
+    def depth(self, walk: Walk) -> int:
+        """How far its next round goes back."""
+        return cooled_depth(self.settings.backsteps, self.settings.cooling, len(walk.rounds) + 1)
+
+    def has_rounds(self, walk: Walk) -> bool:
+        """Whether there is a next one; going back by no step changes nothing."""
+        return len(walk.rounds) < self.rounds and self.depth(walk) > 0
+
+    def may_go_on(self, walk: Walk) -> bool:
+        """Whether there is a next round, and it can not take the picture past `max_cost`."""
+        return self.has_rounds(walk) and self.dearest(walk, self.depth(walk)) <= self.most
 
     def follow(self, branches: Sequence[Branch], report: Progress) -> list[State]:
         """Denoise to `stoptime`; the state of each branch at the last look that it came to.
@@ -319,7 +382,7 @@ class Painter:
         done = state.step == self.settings.stoptime
         return done and state.view.energy <= self.limits.last
 
-    def propose(self, walk: Walk, backsteps: int) -> Branch:
+    def propose(self, walk: Walk, backsteps: int, generator: torch.Generator) -> Branch:
         """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
         state, settings = walk.kept, self.settings
         height, width = state.x0.shape[-2:]
@@ -330,49 +393,40 @@ class Painter:
             background=settings.background,
             by_pixel=settings.uncertainty == "pixel",
         ).to(state.eps.device)
-        fresh = self.sampler.noise(state.eps.shape, walk.generator, state.eps.dtype)
+        fresh = self.sampler.noise(state.eps.shape, generator, state.eps.dtype)
         noise = mix_noise(state.eps, fresh, gamma, settings.cfg_rescale / 10)
         step = max(0, state.step - backsteps)
-        branch = self.sampler.go_back(state.branch, state.x0, noise, step, walk.generator)
-        walk.branches.append(branch)
-        return branch
+        return self.sampler.go_back(state.branch, state.x0, noise, step, generator)
 
     # --- What it costs.
 
-    @cached_property
-    def way(self) -> Way:
-        """The costs of a picture's way, for the mathematics of the budget."""
-        settings, evaluations = self.settings, self.evaluations
-        early, stop = settings.looks[0], settings.stoptime
-
-        def stretches(first: int) -> tuple[int, int]:
-            whole = evaluations(first, stop)
-            to_early = evaluations(first, early) if first < early else whole
-            return to_early, whole - to_early
-
-        return Way(
-            start=stretches(0),
-            again=stretches(max(0, early - settings.backsteps)),
-            back=stretches(stop - settings.backsteps),
-            end=evaluations(0, settings.steps) - evaluations(0, stop),
-        )
-
-    def pays(self, walk: Walk, backsteps: int) -> bool:
-        """Whether a round can not take the picture past `max_cost`, whatever comes of it."""
+    def dearest(self, walk: Walk, backsteps: int) -> int:
+        """What the picture can cost after a round so deep, whatever comes of it."""
         kept, end = walk.kept, self.settings.steps
         step = max(0, kept.step - backsteps)
         until = kept.branch.evaluations_until
         to_finish_kept = until(end) - until(kept.step)
-        dearest = max(
-            self.evaluations(step, end), self.evaluations(step, kept.step) + to_finish_kept
-        )
+        whole = max(self.evaluations(step, end), self.evaluations(step, kept.step) + to_finish_kept)
         others = (self.settings.candidates - 1) * self.evaluations(step, self.settings.stoptime)
-        return walk.spent + others + dearest <= self.most
+        return walk.spent + others + whole
+
+    def stop(self, walk: Walk) -> Stop:
+        """Where the picture stands, for the mathematics of the budget."""
+        kept = walk.kept
+        until = kept.branch.evaluations_until
+        cost = walk.spent + until(self.settings.steps) - until(kept.step)
+        most = self.dearest(walk, self.depth(walk)) if self.has_rounds(walk) else None
+        return Stop(kept.step == self.settings.stoptime, kept.view.energy, cost, most)
 
     @cached_property
     def most(self) -> int:
         """U-Net evaluations that a tempered picture never passes."""
-        return math.floor(self.settings.max_cost * self.evaluations(0, self.settings.steps))
+        return math.floor(self.settings.max_cost * self.plain_calls)
+
+    @property
+    def plain_calls(self) -> int:
+        """U-Net evaluations of a plain picture."""
+        return self.evaluations(0, self.settings.steps)
 
     @property
     def rounds(self) -> int:
@@ -383,12 +437,13 @@ class Painter:
         settings = self.settings
         if settings.rounds is not None:
             return settings.rounds
-        cheapest = min(
-            self.evaluations(max(0, look - settings.backsteps), look) for look in settings.looks
-        )
-        left = self.most - self.evaluations(0, settings.steps)
-        paid = left // max(1, cheapest)
-        return paid if self.calibrated else min(paid, patience(self.limits) - 1)
+        starts = [max(0, look - settings.backsteps) for look in settings.looks]
+        ways = [(step, look) for step in starts for look in settings.looks if step < look]
+        cheapest = min((self.evaluations(*each) for each in ways), default=1)
+        paid = (self.most - self.plain_calls) // cheapest
+        if self.calibrated:
+            return paid
+        return min(paid, patience(pockets_own().sample, self.limits) - 1)
 
     def unet_calls(self, *, compare: bool) -> int:
         """U-Net evaluations of one tempered picture, with its plain one where `compare` is set.
@@ -448,6 +503,7 @@ class Painter:
         embeddings = self.embeddings if rows is None else self.embeddings[list(rows)]
         with blaming("CLIPSeg"):
             found = segment(self.clipseg, images, embeddings)
+        self.sampler.trim()
         return [
             view_of(image, probabilities, self.settings.threshold)
             for image, probabilities in zip(images, found, strict=True)
@@ -470,5 +526,28 @@ def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: f
         and keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
     )
     walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept))
+    walk.branches += [state.branch for state in proposed]
     if kept:
         walk.kept = best
+
+
+def walked(pictures: Sequence[tuple[Painter, Watched]]) -> Sample:
+    """A sample of these plain pictures, walked until it has spent the budget of their settings.
+
+    Of each there is the painter that has watched it; all have the same settings.
+    """
+    looks = [painter.looks(watched) for painter, watched in pictures]
+    painters = [painter.sampling(looks) for painter, _ in pictures]
+    walks = [
+        painter.where_left(each) for painter, (_, each) in zip(painters, pictures, strict=True)
+    ]
+    rounds: list[list[Stop]] = [[] for _ in pictures]
+    painter = painters[0]
+    while True:
+        ways = zip(looks, map(tuple, rounds), strict=True)
+        sample = painter.sample(map(Sampled._make, ways))
+        i = painter.missing(sample)
+        if i is None:
+            return sample
+        painters[i].round([walks[i]])
+        rounds[i].append(painters[i].stop(walks[i]))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kinds import MODEL
+from kinds import MODEL, OWN_TAESD
 
 POCKET_TOKENIZER = MODEL.pocket / "tokenizer"
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -268,14 +268,18 @@ def parameters(model: nn.Module) -> int:
 def save(folder: Path, original: Original, segmenter: Part = SEGMENTER, seed: int = 0) -> None:
     """Write the model and CLIPSeg into `folder`, as `stable-diffusion` and `clipseg`.
 
-    They are built under another name and renamed, so a folder that is there is complete. One
-    network at a time is in memory.
+    The model has its tiny decoder with it; diffusers' defaults are TAESD's sizes. They are built
+    under another name and renamed, so a folder that is there is complete. One network at a time is
+    in memory.
     """
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     painter, looker = unfinished / "stable-diffusion", unfinished / "clipseg"
     for name, part in original.parts.items():
         _save_network(part, painter / name, getattr(torch, original.dtype), seed)
+    channels = original.parts["vae"].config["latent_channels"]
+    tiny = Part("diffusers", "AutoencoderTiny", {"latent_channels": channels})
+    _save_network(tiny, painter / OWN_TAESD, torch.float32, seed)
     _save_network(segmenter, looker, torch.float32, seed)
     _save_json(painter / "scheduler" / "scheduler_config.json", original.scheduler)
     _save_json(painter / "model_index.json", dict(_model_index(original)))

@@ -21,19 +21,19 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.prompts import Prompt, development
-from budget import Energies
-from calibration import NAMES
+from budget import Energies, Sample
 from families import family_of
 from loaders import scheduler_of
 from sampling import Branch, Sampler
 from segmentation import ClipSeg
-from settings import Tempering
-from tempering import Painter
+from settings import DEFAULT_MOST, Tempering
+from tempering import Painter, Watched, walked
 
 # Seeds of a picture's further candidates, far from those of other pictures.
 NEXT_CANDIDATE = 1_000_003
-SAMPLE = 32  # plain pictures a subset, whose energies are the lab's calibration
+SAMPLE = 32  # pictures a subset, whose energies are the lab's calibration
 FIRST_SAMPLED = 970_000  # their seeds
+WALKED = 2.0  # by this budget at least: a sample tells of lower ones, too
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Models:
         cases: Sequence[Case],
         settings: Tempering,
         limits: Energies | None = None,
-        kind: type[Painter] = Painter,
+        kind: Callable[..., Painter] = Painter,
     ) -> Painter:
         """A painter of `cases`, which share one joiner."""
         settings = replace(settings, joiner=cases[0].prompt.joiner)
         prompts = [case.prompt.phrases for case in cases]
         return kind(self.pipe, self.clipseg, prompts, settings, limits)
 
-    def limits(self, settings: Tempering, kind: type[Painter] = Painter) -> Energies:
+    def limits(self, settings: Tempering, kind: Callable[..., Painter] = Painter) -> Energies:
         """The energies at which to stop, by a sample of prompts that are not reported.
 
         Of settings that give them both, there is nothing to be found.
@@ -84,20 +84,24 @@ class Models:
             return Energies(settings.early_accept, settings.accept)
         row = next(iter(development().values()))[:1]
         painter = self.painter([Case(prompt, 0) for prompt in row], settings, kind=kind)
-        of_energies = {name: getattr(settings, name) for name in NAMES if hasattr(settings, name)}
-        return painter.sought(energies(self, scheduler_of(self.pipe), Tempering(**of_energies)))
+        walked_by = replace(settings, budget=max(WALKED, settings.budget))
+        if settings.max_cost == DEFAULT_MOST * settings.budget:
+            walked_by = replace(walked_by, max_cost=DEFAULT_MOST * walked_by.budget)
+        return painter.sought(sample(self, scheduler_of(self.pipe), walked_by, kind))
 
 
 @lru_cache
-def energies(models: Models, scheduler: str, settings: Tempering) -> tuple[Energies, ...]:
-    """A sample of energies: of `SAMPLE` plain pictures a subset, by the pipeline's `scheduler`."""
-    found: list[Energies] = []
+def sample(
+    models: Models, scheduler: str, settings: Tempering, kind: Callable[..., Painter]
+) -> Sample:
+    """A sample of `SAMPLE` pictures a subset, by the pipeline's `scheduler`."""
+    pictures: list[tuple[Painter, Watched]] = []
     for number, prompts in enumerate(development().values()):
         first = FIRST_SAMPLED + number * SAMPLE
         cases = [Case(prompt, first + i) for i, prompt in enumerate(prompts[:SAMPLE])]
-        painter = models.painter(cases, settings)
-        found += map(painter.energies, painter.watch(seeds(cases)))
-    return tuple(found)
+        painter = models.painter(cases, settings, kind=kind)
+        pictures += [(painter, watched) for watched in painter.watch(seeds(cases))]
+    return walked(pictures)
 
 
 Method = Callable[[Models, Sequence[Case]], list[Painted]]
@@ -128,7 +132,7 @@ def tempered(
     settings: Tempering,
     *,
     calibrated: bool = True,
-    kind: type[Painter] = Painter,
+    kind: Callable[..., Painter] = Painter,
 ) -> list[Painted]:
     """This program; where it is not `calibrated`, by the rule that needs no sample."""
     limits = models.limits(settings, kind) if calibrated and settings.annealed else None

@@ -40,12 +40,10 @@ FROM, UP, DOWN = 0.89, 0.78, 0.81  # of the steps: where paths begin, and how fa
 class Reseeding(Painter):
     """Our looks and thresholds, but every round is a new seed: is going back worth anything?"""
 
-    def propose(self, walk: Walk, backsteps: int) -> Branch:
-        branch = self.sampler.branch(walk.trunk.row, 0, walk.generator)
-        dtype = walk.trunk.latents.dtype
-        noise = self.sampler.noise(self.sampler.shape, walk.generator, dtype)
+    def propose(self, walk: Walk, backsteps: int, generator: Generator) -> Branch:
+        branch = self.sampler.branch(walk.trunk.row, 0, generator)
+        noise = self.sampler.noise(self.sampler.shape, generator, walk.trunk.latents.dtype)
         branch.latents = noise * branch.scheduler.init_noise_sigma
-        walk.branches.append(branch)
         return branch
 
 
@@ -194,8 +192,8 @@ def over_paths(
         sampler.denoise(kept, step)
         for _ in range(times):
             up = max(0, step - round(UP * steps))
-            step = min(steps - 1, up + round(DOWN * steps))
             tried = [noisier(sampler, each, step, up) for each in kept for _ in range(copies)]
+            step = min(steps - 1, up + round(DOWN * steps))
             begun = [*begun, *tried]
             sampler.denoise(tried, step)
             states = sorted(painter.examine(tried, step), key=lambda state: state.view.energy)

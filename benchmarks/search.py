@@ -31,6 +31,7 @@ from benchmarks.peers import depth_first, over_paths, particles
 from benchmarks.prompts import development
 from benchmarks.quality import POOLED, RESULTS, drawn, judged, rounded, summarise, table
 from benchmarks.roster import ANNEALED, BARE, NEVER, PLAIN, SEEDS_OWN
+from kinds import TAESD
 from settings import Tempering
 
 FIRST_SEED = 900_000
@@ -75,6 +76,7 @@ ONCE = (  # stoptime, backsteps, k, background
     (15, 5, 1.0, 0.0), (15, 5, 4.0, 0.0), (15, 5, 20.0, 0.0), (15, 5, 4.0, 1.0), (15, 5, 1e6, 1.0),
     (15, 10, 4.0, 1.0), (10, 8, 4.0, 1.0),
 )  # fmt: skip
+TAESD_OF_THE_POCKET = ["taesd"] * TAESD.pocket.is_dir()  # once the recipe has made the pocket one
 TOPICS: dict[str, Topic] = {
     "seed's tempering": {
         f"stoptime={stop} backsteps={back} k={k:g} background={background:g}": partial(
@@ -89,6 +91,7 @@ TOPICS: dict[str, Topic] = {
     "where to look": varied(stoptime=(8, 10, 12, 15, 18), backsteps=(8, 10, 12, 12, 12)),
     "early look": varied(early_look=(0, 4, 5, 6, 8)),
     "mirror": varied(mirror=(True, False)),
+    "preview": varied(preview=(*TAESD_OF_THE_POCKET, "vae", "half", "linear")),
     "look guidance": varied(look_guidance=(1.0, 2.0, 3.0, 7.5)),
     "how far back": varied(backsteps=(5, 8, 10, 12, 15)),
     "k": varied(k=(0.25, 0.5, 1.0, 2.0, 4.0, 1e6)),

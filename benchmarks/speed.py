@@ -1,12 +1,14 @@
 """Speed and memory of this program beside diffusers', on the architectures of its families.
 
     python -m benchmarks.speed [--models v1-4 xl 3.5-medium] [--steps 4] [--size 512]
-                               [--scratch DIR] [--keep]
+                               [--scratch DIR] [--keep] [--cpu_time]
+                               [--engine NAME=PYTHON ...]
 
 Weights are random (architecture.py): what is painted is noise, what it costs is not. Each variant
 runs in a process of its own, so its peak memory is its own. Loading reads files that have just been
 written, so it measures the work of loading and not the disk. Times are taken around the models'
-own methods; the algorithm knows nothing of them.
+own methods; the algorithm knows nothing of them. What a picture of 20 steps takes, with no
+round needed, follows from its parts. Other engines (engines.py) run with the Python that has them.
 """
 
 from __future__ import annotations
@@ -16,21 +18,22 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from multiprocessing import get_context
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import outputs
+from benchmarks.engines import ENGINES, alone, peak_memory, timed
 from errors import InputError
 from settings import Tempering
 
@@ -43,7 +46,11 @@ PROMPTS = ("a black dog", "a toy robot")
 SEED = 2024
 GOAL = 0.05  # of painting's time may be spent outside of the models
 MEMORY_GOAL = 1.05  # times diffusers' own, in the same dtype
-NETWORKS = ("denoiser", "vae", "clipseg")
+PLAIN_GOAL = 1.03  # times a plain picture, for one that needs no round
+LOOK_GOAL = 0.1  # of a step, for every look
+STEPS = 20  # of a picture that users make
+LOOKS = 2  # at a picture that needs no round
+NETWORKS = ("denoiser", "vae", "preview", "clipseg")
 # Of benchmarks.architecture, with what their files take on the disk, in GB.
 MODELS = {"v1-4": 5, "xl": 8, "3.5-medium": 8}
 PACKAGES = ("torch", "diffusers", "transformers")
@@ -62,8 +69,7 @@ QUIET = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 GIB = 2**30
-
-T = TypeVar("T")
+CPU_TIME = "TEMPERING_BENCHMARK_CPU_TIME"  # set where the processor's seconds count
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Part:
     calls: int
     seconds: float  # all calls together
     median: float  # seconds of one call
+    first: float  # of the first
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,23 @@ class Measurement:
     def rest(self) -> float:
         """The share of painting that is neither denoiser nor VAE nor CLIPSeg."""
         return 1 - sum(self.parts[name].seconds for name in NETWORKS) / self.paint
+
+    @property
+    def look(self) -> float:
+        """Seconds of a look: a preview, and CLIPSeg with what it reads of the prompts."""
+        preview = self.parts["preview"]
+        return preview.median + self.parts["clipseg"].seconds / max(1, preview.calls)
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a plain picture of `STEPS` steps, by the medians of the calls."""
+        text, vae = self.parts["text_encoder"], self.parts["vae"]
+        return text.seconds + STEPS * self.parts["denoiser"].median + vae.median
+
+    @property
+    def warm_up(self) -> float:
+        """Seconds that the first step took more than the others: compiling, reading a cache."""
+        return max(0.0, self.parts["denoiser"].first - self.parts["denoiser"].median)
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,8 @@ class Clock:
         self._seconds: dict[str, list[float]] = {name: [] for name in (*NETWORKS, "text_encoder")}
         self._watch("denoiser", family_of(loaded.pipe).denoiser)
         self._watch("vae", loaded.pipe.vae, "decode")
+        if getattr(loaded.pipe, "taesd", None) is not None:
+            self._watch("preview", loaded.pipe.taesd, "decode")
         for name, part in loaded.pipe.components.items():
             if name.startswith("text_encoder") and part is not None:
                 self._watch("text_encoder", part)
@@ -125,24 +151,18 @@ class Clock:
         return {name: _part(seconds) for name, seconds in self._seconds.items()}
 
     def _watch(self, part: str, owner: Any, method: str = "forward") -> None:
-        call = getattr(owner, method)
-
-        @wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = now()
-            result = call(*args, **kwargs)
-            self._seconds[part].append(now() - begun)
-            return result
-
-        setattr(owner, method, timed)
+        setattr(owner, method, timed(getattr(owner, method), self._seconds[part], now))
 
 
 def _part(seconds: Sequence[float]) -> Part:
-    return Part(len(seconds), sum(seconds), median(seconds or [0.0]))
+    known = list(seconds) or [0.0]
+    return Part(len(seconds), sum(known), median(known), known[0])
 
 
 def now() -> float:
-    """Seconds, once the device has done all it was told."""
+    """Seconds, the processor's where asked for, once the device has done all it was told."""
+    if os.environ.get(CPU_TIME):
+        return time.process_time()
     import torch
 
     if torch.accelerator.is_available():
@@ -180,13 +200,13 @@ def load_diffusers(folder: Path, settings: Tempering, dtype: str | None = None) 
     return Loaded(pipe, None, paint)
 
 
-def load_program(folder: Path, settings: Tempering) -> Loaded:
-    """This program with all its defaults."""
+def load_program(folder: Path, settings: Tempering, **options: Any) -> Loaded:
+    """This program with all its defaults but for the `options` of its loaders."""
     from loaders import load_clipseg, load_pipeline
     from tempering import temper
 
-    pipe = load_pipeline(str(folder / "stable-diffusion"))
-    clipseg = load_clipseg(str(folder / "clipseg"))
+    pipe = load_pipeline(str(folder / "stable-diffusion"), **options)
+    clipseg = load_clipseg(str(folder / "clipseg"), **options)
 
     def paint() -> None:
         temper(pipe, clipseg, PROMPTS, settings, seed=SEED)
@@ -194,13 +214,15 @@ def load_program(folder: Path, settings: Tempering) -> Loaded:
     return Loaded(pipe, clipseg, paint)
 
 
+OURS, OURS_BY_OPENVINO = "tempering", "tempering, OpenVINO"
 VARIANTS: dict[str, Callable[[Path, Tempering], Loaded]] = {
     "diffusers, as it comes": load_diffusers,
     "diffusers, bf16": partial(load_diffusers, dtype="bfloat16"),
-    "tempering": load_program,
+    OURS: load_program,
+    OURS_BY_OPENVINO: partial(load_program, backend="openvino", device="cpu"),
 }
 # Those of a model whose files are in bf16, which nobody loads in fp32.
-OF_HALF = ("diffusers, bf16", "tempering")
+OF_HALF = tuple(name for name in VARIANTS if name != "diffusers, as it comes")
 
 
 def measure(variant: str, folder: Path, settings: Tempering) -> Measurement:
@@ -226,25 +248,11 @@ def measure(variant: str, folder: Path, settings: Tempering) -> Measurement:
     )
 
 
-def peak_memory() -> int:
-    """Bytes of host memory that this process has had at most."""
-    import resource  # not on Windows, where the rest of this file can be read nevertheless
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def build(folder: Path, model: str) -> None:
     """Write the models."""
     from benchmarks.architecture import ORIGINALS, save
 
     save(folder, ORIGINALS[model])
-
-
-def alone(function: Callable[..., T], *args: object) -> T:
-    """What `function` returns from a new process, which ends with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(function, *args).result()
 
 
 def machine() -> dict[str, object]:
@@ -282,6 +290,8 @@ def report(settings: Tempering, measurements: Sequence[Measurement]) -> dict[str
                 "device": each.device,
                 "dtype": each.dtype,
                 "load_seconds": round(each.load, 2),
+                "warm_up_seconds": round(each.warm_up, 2),
+                "plain_20_steps_seconds": round(each.plain, 1),
                 "paint_seconds": round(each.paint, 2),
                 "total_seconds": round(each.load + each.paint, 2),
                 **{name: rounded(part) for name, part in each.parts.items()},
@@ -304,20 +314,21 @@ def rounded(part: Part) -> dict[str, float]:
 def table(measurements: Sequence[Measurement]) -> str:
     """A Markdown table, a row a variant; models as calls x median seconds of a call."""
     head = (
-        "variant", "dtype", "load s", "denoiser step s", "VAE s", "CLIPSeg s", "rest", "paint s",
-        "total s", "peak GiB",
+        "variant", "dtype", "load s", "first step s more", "denoiser step s", "VAE s", "preview s",
+        "CLIPSeg s", "rest", "20 plain steps s", "peak GiB",
     )  # fmt: skip
     rows = [
         (
             each.variant,
             each.dtype,
             f"{each.load:.1f}",
+            f"{each.warm_up:.1f}",
             cell(each.parts["denoiser"]),
             cell(each.parts["vae"]),
+            cell(each.parts["preview"]),
             f"{each.parts['clipseg'].seconds:.2f}",
             f"{each.rest:.1%}",
-            f"{each.paint:.1f}",
-            f"{each.load + each.paint:.1f}",
+            f"{each.plain:.1f}",
             f"{each.peak / GIB:.2f}",
         )
         for each in measurements
@@ -330,12 +341,62 @@ def cell(part: Part) -> str:
     return f"{part.calls} x {part.median:.2f}"
 
 
+def named(text: str) -> tuple[str, str]:
+    """An engine and its Python, as `--engine` gives them."""
+    name, _, python = text.partition("=")
+    if name not in ENGINES or shutil.which(python) is None:
+        form = f"NAME=PYTHON, NAME from {', '.join(ENGINES)}, PYTHON a program"
+        raise argparse.ArgumentTypeError(f"must be {form}, got {text!r}")
+    return name, python
+
+
 def say(text: str) -> None:
     """Tell how far it is; the result alone goes to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
-def run(model: str, scratch: Path, settings: Tempering, *, keep: bool) -> list[Measurement]:
+def measure_engine(
+    engine: str, python: str, folder: Path, settings: Tempering
+) -> Measurement | None:
+    """What another program takes for a plain picture; None where it fails, which it says itself."""
+    words = ["--steps", str(settings.steps), "--size", str(settings.height)]
+    words += ["--cpu_time"] if os.environ.get(CPU_TIME) else []
+    done = subprocess.run(
+        [python, str(Path(__file__).with_name("engines.py")), engine, str(folder), *words],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        say(f"leaving out {engine}: it ended with code {done.returncode}")
+        return None
+    found = json.loads(done.stdout.splitlines()[-1])
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return Measurement(
+        variant=versions,
+        dtype=found["dtype"],
+        device="cpu",
+        load=found["load"],
+        paint=found["paint"],
+        parts={name: _part(found["seconds"].get(name, ())) for name in (*NETWORKS, "text_encoder")},
+        peak=found["peak"],
+    )
+
+
+def build_original(folder: Path) -> None:
+    """Write the model as one file in the original layout, beside its folder."""
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import save_file
+
+    from benchmarks.originals import single_file
+
+    pipe = DiffusionPipeline.from_pretrained(folder / "stable-diffusion")
+    halves = {name: each.half() for name, each in single_file(pipe).items()}
+    save_file(halves, folder / "original.safetensors")
+
+
+def run(
+    model: str, scratch: Path, settings: Tempering, engines: Mapping[str, str], *, keep: bool
+) -> list[Measurement]:
     """Measure every variant of a model; its files are written to `scratch` where they lack."""
     folder = scratch / f"{FOLDER}-{model}"
     try:
@@ -344,10 +405,22 @@ def run(model: str, scratch: Path, settings: Tempering, *, keep: bool) -> list[M
         else:
             say(f"writing {MODELS[model]} GB of random weights to {folder}")
             alone(build, folder, model)
+        os.environ["HF_HOME"] = str(folder / "home")  # what OpenVINO converts goes with the models
         measurements = []
         for variant in VARIANTS if model == "v1-4" else OF_HALF:
+            if variant == OURS_BY_OPENVINO and find_spec("openvino") is None:
+                say("leaving out OpenVINO, which is not installed")
+                continue
             say(f"measuring {variant}")
+            if variant == OURS_BY_OPENVINO:
+                alone(measure, variant, folder, settings)  # converts, once
             measurements.append(alone(measure, variant, folder, settings))
+        for engine, python in engines.items() if model == "v1-4" else ():
+            say(f"measuring {engine}")
+            if not (folder / "original.safetensors").exists():
+                alone(build_original, folder)
+            if found := measure_engine(engine, python, folder, settings):
+                measurements.append(found)
         return measurements
     finally:
         if not keep:
@@ -356,15 +429,22 @@ def run(model: str, scratch: Path, settings: Tempering, *, keep: bool) -> list[M
 
 
 def verdict(measurements: Sequence[Measurement]) -> str:
-    """What the figures say of the program, which is the last variant, beside diffusers."""
-    *others, ours = measurements
-    theirs = next(each for each in others if each.dtype == ours.dtype)
+    """What the figures say of the program beside diffusers in the same precision."""
+    ours = next(each for each in measurements if each.variant == OURS)
+    theirs = next(
+        each for each in measurements if each.dtype == ours.dtype and each.variant != OURS
+    )
     times = ours.peak / theirs.peak
+    content = 1 + LOOKS * ours.look / ours.plain
+    look = ours.look / ours.parts["denoiser"].median
     return (
         f"Tempering spends {ours.rest:.1%} of painting outside of denoiser, VAE and CLIPSeg "
         f"(goal: under {GOAL:.0%}): {'met' if ours.rest < GOAL else 'missed'}. Its peak memory is "
         f"{times:.3f} times diffusers' (goal: at most {MEMORY_GOAL:g}): "
-        f"{'met' if times <= MEMORY_GOAL else 'missed'}."
+        f"{'met' if times <= MEMORY_GOAL else 'missed'}. A picture of {STEPS} steps that needs no "
+        f"round takes {content:.3f} times its plain one (goal: at most {PLAIN_GOAL:g}): "
+        f"{'met' if content <= PLAIN_GOAL else 'missed'}. A look takes {look:.3f} of a step (goal: "
+        f"at most {LOOK_GOAL:g}): {'met' if look <= LOOK_GOAL else 'missed'}."
     )
 
 
@@ -381,6 +461,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side (default: 512)")
+    parser.add_argument(
+        "--engine", action="append", default=[], type=named, metavar="NAME=PYTHON",
+        help=f"of v1-4, another program and the Python that has it: {', '.join(ENGINES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpu_time", action="store_true",
+        help="the processor's seconds in place of the clock's: for one thread on a busy machine",
+    )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="leave the models for the next time")
     args = parser.parse_args(argv)
     try:
@@ -395,11 +483,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except InputError as error:
         parser.error(str(error))
-    os.environ.update(QUIET)
+    os.environ.update(QUIET, **({CPU_TIME: "1"} if args.cpu_time else {}))
     args.scratch.mkdir(parents=True, exist_ok=True)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     for model in args.models:
-        measurements = run(model, args.scratch, settings, keep=args.keep)
+        measurements = run(model, args.scratch, settings, dict(args.engine), keep=args.keep)
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         outputs.save_json(RESULTS, {**known, model: report(settings, measurements)})
         print(f"{model}\n\n{table(measurements)}\n\n{verdict(measurements)}\n")

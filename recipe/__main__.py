@@ -2,10 +2,10 @@
 
 `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m recipe` shares each batch between two cores.
 
-Stages: unet (with its text encoder and the autoencoder it needs), clipseg, judge; renders come
-first by themselves, and the two others need the U-Net, whose pictures they learn to read. Each
-keeps its state in the work folder, so that a killed run loses a few minutes at most; the finished
-weights go to pocket/.
+Stages: taesd (the tiny decoder, with the autoencoder that it learns from), unet (with its text
+encoder and that autoencoder), clipseg, judge; renders come first by themselves, and the last two
+need the U-Net, whose pictures they learn to read. Each keeps its state in the work folder, so that
+a killed run loses a few minutes at most; the finished weights go to pocket/.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, distributed
 
+from kinds import TAESD
 from recipe.clipseg import train_clipseg
-from recipe.data import Pictures, Studio, crowded_scene, pictures, training_scene
-from recipe.export import export_clipseg, export_stable_diffusion
+from recipe.data import PICTURES, Pictures, Studio, crowded_scene, pictures, training_scene
+from recipe.export import export_clipseg, export_stable_diffusion, export_taesd
 from recipe.judge import export_judge, train_judge
+from recipe.taesd import train_taesd
 from recipe.tokenizer import new_tokenizer
 from recipe.training import first_alone, process
 from recipe.unet import previews, repaint, train_unet
@@ -30,9 +32,8 @@ from recipe.vae import latents, train_vae
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "pocket" / "weights"
-PICTURES = 100_000
 CROWDED = 40_000  # for CLIPSeg
-STAGES = ("unet", "clipseg", "judge")
+STAGES = ("taesd", "unet", "clipseg", "judge")
 
 
 def main() -> None:
@@ -61,6 +62,12 @@ def make(stages: list[str] | tuple[str, ...], work: Path) -> None:
     seen = first_alone(lambda: pictures(studio, work, "train", PICTURES, training_scene))
     vae = train_vae(seen.images, work)
     codes = first_alone(lambda: scaled_latents(vae, seen, work / "latents.pt"))
+    if "taesd" in stages:
+        tiny = train_taesd(vae, codes, work)
+        if process() == 0:
+            export_taesd(TAESD.pocket, tiny)
+    if set(stages) <= {"taesd"}:
+        return
     denoiser = train_unet(codes, seen.scenes, tokenizer, work)
     if "unet" in stages and process() == 0:
         export_stable_diffusion(WEIGHTS / "stable-diffusion", vae, denoiser, new_tokenizer())

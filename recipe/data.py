@@ -20,6 +20,7 @@ from pocket.world import COLOUR_NAMES, COLOURS, SUBJECTS, Noun, caption, seen_pa
 from recipe.packages import STYLES, drawings
 
 SIZE = 64  # pixels
+PICTURES = 100_000  # of the training distribution
 # Sizes and places are multiples of two latents: a drawing then has the same latents wherever it
 # stands, and the U-Net has a fraction of the patterns to learn.
 GRID = 8  # pixels

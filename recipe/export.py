@@ -7,7 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+)
 from transformers import (
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
@@ -37,6 +42,11 @@ def export_stable_diffusion(
     _write_slow_tokenizer(tokenizer, folder / "tokenizer")
     _load_as_float32(folder / "text_encoder")
     _only_the_schedule(folder / "scheduler" / "scheduler_config.json")
+
+
+def export_taesd(folder: Path, tiny: AutoencoderTiny) -> None:
+    """Write the tiny decoder beside the pipeline's parts."""
+    copy.deepcopy(tiny).to(torch.float16).save_pretrained(folder, safe_serialization=True)
 
 
 def _only_the_schedule(path: Path) -> None:

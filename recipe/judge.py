@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pocket.images import Pixels, as_tensor
+from pocket.images import Pixels, as_pixels, as_tensor
 from pocket.judge import (
     BACKGROUND,
     HYBRID,
@@ -530,9 +530,7 @@ def round_trip(images: Pixels, degrade: Degrade, batch: int = 50) -> Pixels:
     parts = []
     for start in tqdm(range(0, len(images), batch), "degrade"):
         with torch.no_grad():
-            restored = degrade(as_tensor(images[start : start + batch])).float()
-        pixels = ((restored.clamp(-1, 1) + 1) * 127.5).round().byte()
-        parts.append(pixels.permute(0, 2, 3, 1).numpy())
+            parts.append(as_pixels(degrade(as_tensor(images[start : start + batch]))))
     return np.concatenate(parts)
 
 

@@ -24,11 +24,13 @@ from loaders import load_clipseg, load_pipeline
 from pocket.images import Pixels
 from pocket.judge import NO_COLOUR, Judge, Verdict, load_judge
 from pocket.world import COLOUR_NAMES, SUBJECTS, Noun, seen_pairs
+from recipe import reliability
 from recipe.data import Pictures, Studio, pictures, training_scene
 from recipe.fidelity import features, precision_recall, single_renders
 from recipe.judge import measure_judge, round_trip
 from recipe.unet import Denoiser, repaint
-from segmentation import ClipSeg, classify, embed_prompts, segment
+from segmentation import ClipSeg, classify
+from settings import Tempering
 from sheets import Panel, sheet
 
 FIGURES = Path(__file__).parent.parent / "pocket" / "figures.json"
@@ -60,6 +62,8 @@ def main() -> None:
     args = parser.parse_args()
     figures = measure(args.work, args.pictures)
     outputs.save_image(FIGURES.with_name("samples.png"), draw_samples(pocket()))
+    diagram = reliability.draw(figures["reliability"])
+    outputs.save_figure(FIGURES.with_name("reliability.png"), diagram)
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=2))
 
@@ -81,6 +85,7 @@ def measure(work: Path, count: int) -> dict[str, Any]:
         "seconds_a_picture": seconds_a_picture(pipe),
         "vae": vae_figures(pipe.vae, held_out, judge),
         "clipseg": clipseg_figures(load_clipseg("pocket", device="cpu"), held_out),
+        "reliability": reliability_figures(pipe, held_out),
         "judge": measure_judge(judge, studio, 3000, seed=1),
         "judge_repainted": measure_judge(
             judge, studio, 3000, seed=1, degrade=repaint(denoiser(pipe), pipe.vae, pipe.tokenizer)
@@ -154,23 +159,30 @@ def colour_accuracy(judge: Judge, held_out: Pictures, images: Pixels) -> float:
 
 def clipseg_figures(clipseg: ClipSeg, held_out: Pictures) -> dict[str, float]:
     """Mean IoU of full prompts at threshold 0.5, and the response to what is not there."""
-    draw = random.Random(0)
     overlaps, strangers, mistaken = [], [], []
-    for scene, slots, pixels in zip(held_out.scenes, held_out.slots, held_out.images, strict=True):
-        shown = [placed.noun for placed in scene.placed]
-        names = {noun.subject for noun in shown}
-        absent = Noun(draw.choice([s for s in SUBJECTS if s not in names]), shown[0].colour)
-        embeddings = embed_prompts(clipseg, [noun.phrase() for noun in (*shown, absent)])
-        found = segment(clipseg, [Image.fromarray(pixels)], embeddings[None])[0].numpy()
+    images = map(Image.fromarray, held_out.images)
+    all_found = reliability.found_in(clipseg, images, held_out.scenes)
+    for found, slots in zip(all_found, held_out.slots, strict=True):
         for slot, mask in enumerate(found[:-1] > 0.5, start=1):
             truth = slots == slot
             overlaps.append((mask & truth).sum() / (mask | truth).sum())
         strangers.append(found[-1].mean())
-        mistaken.append(bool((classify(torch.from_numpy(found), 0.1) == len(shown)).any()))
+        mistaken.append(bool((classify(torch.from_numpy(found), 0.1) == len(found) - 1).any()))
     return {
         "mean_iou": round(float(np.mean(overlaps)), 4),
         "absent_mean_probability": round(float(np.mean(strangers)), 4),
         "absent_wins_a_pixel": round(float(np.mean(mistaken)), 4),
+    }
+
+
+def reliability_figures(pipe: StableDiffusionPipeline, held_out: Pictures) -> dict[int, Any]:
+    """Of CLIPSeg at each look of the default settings."""
+    clipseg, networks = load_clipseg("pocket", device="cpu"), denoiser(pipe)
+    return {
+        step: reliability.reliability(
+            clipseg, networks, pipe.vae, pipe.tokenizer, held_out, timestep
+        )
+        for step, timestep in reliability.looked_at(Tempering()).items()
     }
 
 

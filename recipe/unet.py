@@ -130,22 +130,34 @@ def previews(
 
     The function returned takes numbers of `scenes` and a generator; its images are (B, 3, 64, 64).
     """
-    schedule = DDPMScheduler(**SCHEDULE)
 
-    @torch.no_grad()
     def preview(picks: list[int], rng: torch.Generator) -> Tensor:
         ids = tokenize(tokenizer, [words(scenes[i], rng) for i in picks])
         x0 = latents[picks].float()
         noise = torch.randn(x0.shape, generator=rng)
         timesteps = torch.randint(LAST_PREVIEW, (len(picks),), generator=rng)
-        noisy = schedule.add_noise(x0, noise, timesteps).to(memory_format=torch.channels_last)
-        alpha_squared = schedule.alphas_cumprod[timesteps][:, None, None, None]
-        with bf16():
-            predicted = denoiser(noisy, timesteps, ids).float()
-            clean = (noisy - (1 - alpha_squared).sqrt() * predicted) / alpha_squared.sqrt()
-            return vae.decode(clean / vae.config.scaling_factor).sample.float()
+        return predicted(denoiser, vae, x0, noise, timesteps, ids)
 
     return preview
+
+
+@torch.no_grad()
+def predicted(
+    denoiser: Denoiser,
+    vae: AutoencoderKL,
+    x0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    ids: Tensor,
+) -> Tensor:
+    """Images (B, 3, 64, 64) of x0 (B, 4, 16, 16), predicted from it with noise of `timesteps`."""
+    schedule = DDPMScheduler(**SCHEDULE)
+    noisy = schedule.add_noise(x0, noise, timesteps).to(memory_format=torch.channels_last)
+    alpha_squared = schedule.alphas_cumprod[timesteps][:, None, None, None]
+    with bf16():
+        eps = denoiser(noisy, timesteps, ids).float()
+        clean = (noisy - (1 - alpha_squared).sqrt() * eps) / alpha_squared.sqrt()
+        return vae.decode(clean / vae.config.scaling_factor).sample.float()
 
 
 def repaint(

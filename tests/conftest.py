@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from originals import single_file
 from safetensors.torch import save_file
 
+from benchmarks.originals import single_file
 from kinds import MODEL
 from loaders import FLOW_SCHEDULERS, SCHEDULERS, load_clipseg, load_pipeline, set_scheduler
 from segmentation import ClipSeg
@@ -23,6 +25,18 @@ FAMILY_SCHEDULERS = [
     for family in tiny.FAMILIES
     for scheduler in (FLOW_SCHEDULERS if family == "sd3" else SCHEDULERS)
 ]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes that share the tests; each takes 1 GB. A slow one needs the machine for itself."""
+    return min(os.cpu_count() or 1, 4) if config.option.markexpr == "not slow" else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A thread for each process, or they would wait for each other's; figures are comparable so."""
+    if config.option.markexpr == "not slow":
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,7 +111,7 @@ class Hub:
         self.refusals: dict[str, tuple[int, str]] = {}  # repository -> status, X-Error-Code
         self.silent: set[str] = set()  # repositories of which it does not tell what they are
         self.requests: list[Request] = []
-        self._drops: dict[str, tuple[int, bool]] = {}
+        self._drops: dict[str, tuple[int, tuple[bool, float]]] = {}
         self._busy: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -131,9 +132,12 @@ class Hub:
         """Environment of a process that takes this for the Hub and has its cache in `home`."""
         return hub_environment(self.url, home)
 
-    def drop(self, path: str, *, times: int = 1, reset: bool = False) -> None:
-        """End the next `times` downloads of `path` in the middle: too early, or with a reset."""
-        self._drops[path] = (times, reset)
+    def drop(self, path: str, *, times: int = 1, reset: bool = False, stalls: float = 0.0) -> None:
+        """End the next `times` downloads of `path` in the middle: too early, or with a reset.
+
+        First nothing more comes for as long as it `stalls`, in seconds.
+        """
+        self._drops[path] = (times, (reset, stalls))
 
     def answer_busy(self, path: str, status: int, *, times: int = 1) -> None:
         """Answer the next `times` downloads of `path` with a status, or questions about a model."""
@@ -159,13 +163,13 @@ class Hub:
                 self._busy[path] = (times - 1, status)
             return status if times else None
 
-    def take_drop(self, path: str) -> bool | None:
-        """How this download of `path` is to end early, True for a reset; None: not at all."""
+    def take_drop(self, path: str) -> tuple[bool, float] | None:
+        """How this download of `path` is to end early: with a reset, after how long; or not."""
         with self._lock:
-            times, reset = self._drops.pop(path, (0, False))
+            times, how = self._drops.pop(path, (0, (False, 0.0)))
             if times > 1:
-                self._drops[path] = (times - 1, reset)
-            return reset if times else None
+                self._drops[path] = (times - 1, how)
+            return how if times else None
 
 
 def hub_environment(url: str, home: Path) -> dict[str, str]:
@@ -278,11 +282,14 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(wanted[1]) if wanted else 0
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        reset = self.hub.take_drop(f"{repository}/{name}") if self.command == "GET" else None
-        if reset is None:
+        end = self.hub.take_drop(f"{repository}/{name}") if self.command == "GET" else None
+        if end is None:
             self._send(content[start:], 206 if wanted else 200, headers)
         else:
+            reset, stalls = end
             self._send(content[start:], 206 if wanted else 200, headers, stop=len(content) // 2)
+            self.wfile.flush()
+            time.sleep(stalls)
             self._hang_up(reset)
 
     def _send(

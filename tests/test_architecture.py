@@ -147,7 +147,10 @@ def test_a_measurement_accounts_for_every_call(folder: Path) -> None:
     # CLIPSeg: the prompts' text, then one picture through its tower and its decoder. XL has zeros
     # in place of a negative prompt that was not given.
     texts = {"v1-4": 2, "xl": 2, "3.5-medium": 4}[folder.name]
-    assert calls == {"denoiser": 5, "vae": 2, "text_encoder": texts, "clipseg": 3}
+    expected = {"denoiser": 5, "vae": 1, "preview": 1, "text_encoder": texts, "clipseg": 3}
+    assert calls == expected
+    assert found.plain > 20 * found.parts["denoiser"].median > 0
+    assert found.look > found.parts["preview"].median
     assert all(part.seconds >= part.median > 0 for part in found.parts.values())
     assert 0 < found.rest < 1
     assert found.peak > 10**8

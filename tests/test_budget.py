@@ -4,129 +4,221 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import mean
 
 import pytest
 
-import budget
-from budget import UNCALIBRATED, Energies, Way, expected_cost, shares, thresholds
+from budget import (
+    Energies,
+    Sample,
+    Sampled,
+    Stop,
+    cut,
+    descend,
+    end_of,
+    passing,
+    patience,
+    promising,
+    thresholds,
+)
 
-WAY = Way(start=(6, 9), again=(6, 9), back=(3, 9), end=5)  # 20 steps: looks at 6 and 15, 12 back
+PLAIN, EARLY, LATE, BACK = 20, 6, 15, 12  # 20 steps: looks at 6 and 15, 12 back
 CAP = 4.0
+Attempt = Callable[[], Energies]
 
 
-def attempts(seed: int) -> Callable[[], Energies]:
-    """The energies of one attempt after another; an early look foretells the last one."""
+def picture(seed: int) -> Attempt:
+    """The energies of one attempt after another: some pictures are hard, early looks foretell."""
     rng = random.Random(seed)
+    hardness = rng.gauss(0, 1)
 
     def attempt() -> Energies:
-        seen = rng.gauss(0, 1)
-        return Energies(seen + rng.gauss(0, 1), seen)
+        seen = hardness + rng.gauss(0, 1)
+        return Energies(math.exp(seen + rng.gauss(0, 1)), math.exp(seen))
 
     return attempt
 
 
-def sampled(count: int, seed: int) -> tuple[Energies, ...]:
-    attempt = attempts(seed)
-    return tuple(attempt() for _ in range(count))
-
-
-def cost_of(attempt: Callable[[], Energies], limits: Energies, way: Way, most: float) -> float:
-    """One picture through the rounds, as `Painter.anneal` does it; in plain pictures."""
-    spent, came = 0, False
+def walk(attempt: Attempt, early: float) -> Iterator[Stop]:
+    """A picture's stops, from one round to the next, as `Painter.round` comes to them."""
+    seen = attempt()
+    late, energy = seen.early <= early, seen.last if seen.early <= early else seen.early
+    spent = LATE if late else EARLY
     while True:
-        first, second = (way.back if came else way.again) if spent else way.start
-        if spent and spent + first + second + way.end > most * way.plain:
-            return (spent + way.end + (0 if came else way.start[1])) / way.plain
-        energies = attempt()
-        spent += first
-        if energies.early <= limits.early:
-            spent, came = spent + second, True
-            if energies.last <= limits.last:
-                return (spent + way.end) / way.plain
+        step = (LATE if late else EARLY) - BACK if late else 0
+        rest = PLAIN - (LATE if late else EARLY)
+        dearest = spent + max(PLAIN - step, (LATE if late else EARLY) - step + rest)
+        yield Stop(late, energy, spent + rest, dearest)
+        seen = attempt()
+        if seen.early > early:
+            spent += EARLY - step
+            energy = energy if late else min(energy, seen.early)
+        else:
+            spent += LATE - step
+            energy = min(energy, seen.last) if late else seen.last
+            late = True
 
 
-@pytest.mark.parametrize("asked", [1.1, 1.3, 2.0, 3.0])
-def test_pictures_cost_their_budget(asked: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of attempts that are independent, as the mathematics then takes them to be."""
-    monkeypatch.setattr(budget, "LIKENESS", 0.0)
-    thresholds.cache_clear()
-    limits = thresholds(sampled(1000, 1), WAY, asked, CAP)
-    attempt = attempts(2)
-    found = mean(cost_of(attempt, limits, WAY, CAP) for _ in range(4000))
-    thresholds.cache_clear()
-    assert found == pytest.approx(asked, rel=0.05)
+def sampled(count: int, first: int = 0, transformed: Callable[[float], float] = float) -> Growing:
+    return Growing([picture(first + i) for i in range(count)], transformed)
 
 
-@pytest.mark.parametrize("likeness", [0.1, 0.4, 0.7])
-def test_the_expected_cost_is_that_of_pictures_played_out(
-    likeness: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of pictures of different hardness: the chances of a picture are drawn once."""
-    monkeypatch.setattr(budget, "LIKENESS", likeness)
-    promising, good, weight = 0.7, 0.6, 1 / likeness - 1
-    rng = random.Random(7)
+class Growing:
+    """A sample whose pictures walk as far as they are asked to."""
 
-    def picture() -> Callable[[], Energies]:
-        chance = rng.betavariate(good * weight, (1 - good) * weight)
-        left = (1 - promising) / (1 - good)
+    def __init__(self, attempts: list[Attempt], transformed: Callable[[float], float]) -> None:
+        def seen(attempt: Attempt) -> Attempt:
+            return lambda: Energies(*map(transformed, attempt()))
 
-        def attempt() -> Energies:
-            if rng.random() < chance:
-                return Energies(0, 0)
-            return Energies(1, 1) if rng.random() < left else Energies(0, 1)
+        attempts = [seen(attempt) for attempt in attempts]
+        firsts = [attempt() for attempt in attempts]
+        self.early = promising(firsts)
+        self.looks = [
+            (Stop(False, first.early, PLAIN, 26), Stop(True, first.last, PLAIN, 32))
+            for first in firsts
+        ]
+        self.walks = [
+            walk(replayed(first, attempt), self.early)
+            for first, attempt in zip(firsts, attempts, strict=True)
+        ]
+        self.stops = [[next(walk)] for walk in self.walks]
 
-        return attempt
+    @property
+    def sample(self) -> Sample:
+        pictures = (
+            Sampled(looks, tuple(stops[1:]))
+            for looks, stops in zip(self.looks, self.stops, strict=True)
+        )
+        return Sample(PLAIN, self.early, tuple(pictures))
 
-    found = mean(cost_of(picture(), Energies(0, 0), WAY, CAP) for _ in range(8000))
-    assert expected_cost(promising, good, WAY, CAP) == pytest.approx(found, abs=0.04)
+    def walked_to_the_cap(self) -> Sample:
+        for walk, stops in zip(self.walks, self.stops, strict=True):
+            while stops[-1].most is not None and stops[-1].most <= CAP * PLAIN:
+                stops.append(next(walk))
+        return self.sample
+
+    def walked(self, budget: float, cap: float = CAP) -> Sample:
+        while (i := descend(self.sample, budget, cap).missing) is not None:
+            self.stops[i].append(next(self.walks[i]))
+        return self.sample
+
+
+def replayed(first: Energies, attempt: Attempt) -> Attempt:
+    known = [first]
+    return lambda: known.pop() if known else attempt()
+
+
+def cost_of(attempt: Attempt, limits: Energies) -> int:
+    """One picture by these thresholds, as `Painter.anneal` paints it."""
+    for stop in walk(attempt, limits.early):
+        good = stop.late and stop.energy <= limits.last
+        if good or stop.most is None or stop.most > CAP * PLAIN:
+            return stop.cost
+    raise AssertionError
+
+
+@pytest.mark.parametrize("budget", [1.02, 1.1, 1.3, 2.0, 3.0])
+def test_the_pictures_of_a_sample_cost_their_budget(budget: float) -> None:
+    limits = descend(sampled(64).walked(budget), budget, CAP).limits
+    costs = [cost_of(picture(i), limits) for i in range(64)]
+    assert max(costs) <= CAP * PLAIN
+    more = sum(costs) - budget * PLAIN * 64
+    assert 0 <= more <= (CAP - 1) * PLAIN  # to the way of the last one
+
+
+@pytest.mark.parametrize("budget", [1.1, 1.3, 2.0, 3.0])
+def test_others_like_them_cost_it_on_average(budget: float) -> None:
+    limits = descend(sampled(2000).walked_to_the_cap(), budget, CAP).limits
+    found = mean(cost_of(picture(i), limits) for i in range(5000, 9000)) / PLAIN
+    assert found == pytest.approx(budget, rel=0.05)
+
+
+@pytest.mark.parametrize("budget", [1.02, 1.1, 1.3, 2.0, 3.0])
+def test_nobody_walks_further_than_the_thresholds_take_him(budget: float) -> None:
+    growing = sampled(64)
+    sample = growing.walked(budget)
+    limits = descend(sample, budget, CAP).limits
+    for each in sample.pictures:
+        assert end_of(each.way(sample.early), limits, CAP * PLAIN) == len(each.rounds)
 
 
 @pytest.mark.parametrize(
     "transformed",
-    [lambda e: 0.01 * e - 7, lambda e: math.exp(3 * e), lambda e: 100 * e**3 + e],
-    ids=["scaled", "exponential", "cubic"],
+    [lambda e: 0.01 * e, lambda e: e**3, lambda e: e / (1 + e)],
+    ids=["scaled", "cubed", "bounded"],
 )
 def test_thresholds_are_ranks(transformed: Callable[[float], float]) -> None:
     """Whatever monotone function of the energies is seen, the same pictures pass."""
-    sample = sampled(128, 3)
-    other = tuple(Energies(*map(transformed, energies)) for energies in sample)
-    for asked in (1.1, 1.3, 2.0):
-        limits = thresholds(sample, WAY, asked, CAP)
-        assert thresholds(other, WAY, asked, CAP) == Energies(*map(transformed, limits))
+    for asked in (1.05, 1.3, 2.0):
+        limits = descend(sampled(64).walked(asked), asked, CAP).limits
+        other = descend(sampled(64, 0, transformed).walked(asked), asked, CAP).limits
+        assert other == Energies(*map(transformed, limits))
+
+
+def test_a_sample_tells_of_lower_budgets_and_caps_what_it_would_have_told_then() -> None:
+    far = sampled(64).walked(3.0)
+    for budget, cap in ((1.05, CAP), (1.3, CAP), (2.0, CAP), (1.3, 2.0)):
+        near = descend(sampled(64).walked(budget, cap), budget, cap)
+        assert descend(far, budget, cap) == near
 
 
 def test_a_higher_budget_never_asks_for_less() -> None:
-    sample = sampled(128, 4)
-    found = [thresholds(sample, WAY, asked, CAP).last for asked in (1, 1.1, 1.3, 1.6, 2, 3, 4)]
-    assert found == sorted(found, reverse=True)
+    growing = sampled(64)
+    budgets = (1, 1.01, 1.05, 1.1, 1.3, 1.6, 2, 3, 4)
+    found = [descend(growing.walked(asked), asked, CAP).limits for asked in budgets]
+    assert [each.early for each in found] == sorted((each.early for each in found), reverse=True)
+    assert [each.last for each in found] == sorted((each.last for each in found), reverse=True)
+    assert found[-1].last == 0  # more than all can spend below the cap: nothing is good enough
 
 
 def test_a_budget_of_one_is_content_with_every_picture_of_the_sample() -> None:
-    sample = sampled(64, 5)
-    assert shares(sample, thresholds(sample, WAY, 1.0, CAP)) == (1, 1)
+    sample = sampled(64).sample
+    assert passing(sample, descend(sample, 1.0, CAP).limits) == 1
 
 
-def test_the_expected_cost_by_hand() -> None:
-    """60 % are good at once, for 20; 30 % fail early, 10 % late."""
-    # Room for 6 more: those that failed early have one round, and all of them cost 26 then.
-    assert expected_cost(0.7, 0.6, WAY, 26 / 20) == pytest.approx(0.7 + 0.3 * 26 / 20)
-    # Room for 12 more: another one for those that fail early again; one for those that came late.
-    chance = 0.6 / (1 + budget.LIKENESS / (1 - budget.LIKENESS))
-    early = chance * 26 + (1 - chance) * (0.75 * 32 + 0.25 * 26)
-    late = chance * 32 + (1 - chance) * (0.75 * 23 + 0.25 * 32)
-    found = expected_cost(0.7, 0.6, WAY, 32 / 20)
-    assert found == pytest.approx((0.6 * 20 + 0.3 * early + 0.1 * late) / 20)
+def test_pictures_that_have_nothing_to_gain_are_left_alone() -> None:
+    """As those of a single subject, whose energy is 0."""
+    still = Sampled((Stop(True, 0.0, PLAIN, 32),), ())
+    assert descend(Sample(PLAIN, 0.0, (still,) * 16), 2.0, CAP).missing is None
 
 
-def test_no_cap_and_no_way_back_are_counted_too() -> None:
-    assert expected_cost(0.5, 0.4, WAY, 1e9) < 1e3
-    nowhere = Way(start=(6, 9), again=(0, 0), back=(0, 0), end=5)
-    assert expected_cost(0.5, 0.4, nowhere, CAP) == 1
+def test_by_hand() -> None:
+    """Two pictures, 10 each; a round costs 4."""
+    good = Sampled((Stop(True, 0.2, 10, 14),), (Stop(True, 0.1, 14, 18),))
+    bad = Sampled((Stop(True, 0.9, 10, 14),), (Stop(True, 0.5, 14, 18), Stop(True, 0.3, 18, 22)))
+    sample = Sample(10, 0.0, (good, bad))
+    assert descend(sample, 1.0, 9) == (Energies(0.0, 0.9), None)
+    assert descend(sample, 1.2, 9) == (Energies(0.0, 0.5), None)
+    assert descend(sample, 1.4, 9) == (Energies(0.0, 0.3), None)
+    assert descend(sample, 1.5, 9) == (Energies(0.0, 0.3), 1)  # what becomes of it is not known
+    assert descend(sample, 1.5, 2.0) == (Energies(0.0, 0.1), None)  # the bad one stops before 22
+    assert descend(sample, 1.7, 2.0) == (Energies(0.0, 0.1), 0)
 
 
-def test_without_a_sample_there_are_thresholds_of_the_pocket() -> None:
-    limits = thresholds(UNCALIBRATED, WAY, 1.3, CAP)
-    good = shares(UNCALIBRATED, limits)[1]
-    assert 0.5 < good < 1
+def test_a_budget_that_was_not_walked_follows_the_ranks_of_another_sample() -> None:
+    growing, other = sampled(64), sampled(64, 500).walked(3.0)
+    near = growing.walked(1.3)
+    reached = descend(near, 1.3, CAP).limits
+    assert thresholds(near, 1.3, CAP, other) == reached
+    found = [thresholds(near, asked, CAP, other).last for asked in (1.3, 1.6, 2.0, 3.0)]
+    assert found == sorted(set(found), reverse=True)
+    # What they cost is a guess, but a fair one.
+    far = Energies(near.early, found[2])
+    costs = [cost_of(picture(i), far) for i in range(64)]
+    assert mean(costs) / PLAIN == pytest.approx(2.0, rel=0.2)
+
+
+def test_what_was_walked_too_far_is_cut_and_the_thresholds_stay() -> None:
+    far, near = sampled(64).walked(3.0), sampled(64).walked(1.3)
+    limits = descend(near, 1.3, CAP).limits
+    assert cut(far, limits, CAP * PLAIN) == near
+    assert descend(near, 1.3, CAP) == (limits, None)
+
+
+def test_patience() -> None:
+    """Of pictures that pass by three in four, two in a row fail once in 16 times, three in 64."""
+    looks = [(Stop(False, 0.1, 20, 26), Stop(True, i / 4, 20, 32)) for i in range(1, 5)]
+    sample = Sample(PLAIN, 1.0, tuple(Sampled(each, ()) for each in looks))
+    assert patience(sample, Energies(1.0, 0.75)) == 3
+    assert patience(sample, Energies(1.0, 1.0)) == patience(sample, Energies(1.0, 0.0)) == 1

@@ -4,52 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calls import Done, call
 
 import calibration
 import main
 import outputs
-from calibration import Sample
+from budget import Sample, Sampled, Stop
+from calibrating import take_sample
+from calibration import Calibration
+from cycles import Records
 from errors import InputError
-from session import POCKETS_OWN, open_session
+from evaluation import seeds_of
+from painting import Batch
+from session import open_session
 
 STEPS = ("--steps", "4", "--stoptime", "3", "--backsteps", "3", "--early_look", "1")
 FEW = ("--model", "pocket", "--device", "cpu", "--dtype", "fp32", "--judge", "none", *STEPS)
 PAINT = ("--tempered_inference", *FEW)
 SET = "a cat | a dog\na red car | a blue bowl\na bear | a crown\n"
 CYCLES = 6  # of each of the three prompts
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a call of the program ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out.splitlines()[-1])
-
-    @property
-    def run(self) -> dict[str, Any]:
-        return outputs.read_json(self.folder / "run.json")
-
-
-def call(*words: str) -> Done:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main.main(words)
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +58,31 @@ def told(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def test_an_evaluation_takes_its_thresholds_from_its_own_plain_pictures(evaluated: Done) -> None:
-    sample = calibration.load(evaluated.folder)
-    assert len(sample.energies) == 3 * CYCLES
-    assert sample.origin["model"] == sample.origin["clipseg"] == "pocket"
+    found = calibration.load(evaluated.folder)
+    assert len(found.sample.pictures) == 3 * CYCLES
+    assert found.origin["model"] == found.origin["clipseg"] == "pocket"
     thresholds = evaluated.run["thresholds"]
     assert thresholds["calibrated"] is True
     # They are energies of the sample: some pictures pass, some do not.
-    assert thresholds["accept"] in [each.last for each in sample.energies]
-    assert thresholds["early_accept"] in [each.early for each in sample.energies]
-    costs = [row["tempered_calls"] / 4 for row in rows_of(evaluated.folder).values()]
-    assert max(costs) <= 4.5  # three budgets
-    assert min(costs) == 1
-    assert any(cost > 1 for cost in costs)
+    assert thresholds["early_accept"] in [each.early for each in found.sample.energies]
+    rounds = (stop.energy for each in found.sample.pictures for stop in each.rounds)
+    assert thresholds["accept"] in [*rounds, *(each.last for each in found.sample.energies)]
+
+
+def test_an_evaluation_costs_its_budget(evaluated: Done) -> None:
+    """All of this one is its own sample: 18 pictures of 4 calls, to the way of the last one."""
+    costs = [row["tempered_calls"] for row in rows_of(evaluated.folder).values()]
+    assert 0 <= sum(costs) - 1.5 * 4 * len(costs) <= 3.5 * 4
+    assert max(costs) <= 4.5 * 4  # three budgets
+    assert min(costs) == 4
+
+
+def test_what_has_walked_in_the_sample_is_not_painted_again(evaluated: Done) -> None:
+    """The way of each picture in the file is the way that its tempered picture has gone."""
+    sample = calibration.load(evaluated.folder).sample
+    for row, each in zip(rows_of(evaluated.folder).values(), sample.pictures, strict=True):
+        assert row["rounds"] == len(each.rounds)
+        assert row["tempered_calls"] == each.way(sample.early)[-1].cost
 
 
 def test_a_plain_picture_that_is_in_the_sample_is_not_painted_twice(evaluated: Done) -> None:
@@ -114,12 +105,12 @@ def leave_half_of_it(folder: Path) -> None:
     (folder / calibration.FILE).unlink()
     lines = (folder / "energies.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "energies.jsonl").write_bytes(lines[0] + lines[1][:20])
-    (folder / "energies-1.jsonl").write_bytes(b"".join(lines[5:9]))
+    (folder / "energies-1.jsonl").write_bytes(b"".join([*lines[5:9], *lines[-4:-1]]))
     (folder / "cycles.jsonl").unlink()
 
 
 def damage_it(folder: Path) -> None:
-    (folder / calibration.FILE).write_text('{"of": {}, "energies": [[1, null]]}')
+    (folder / calibration.FILE).write_text('{"of": {}, "pictures": [[1, null]]}')
     (folder / "cycles.jsonl").unlink()
 
 
@@ -137,6 +128,20 @@ def test_whatever_is_lost_the_thresholds_are_the_same_again(
     assert told(copied) == told(evaluated.folder)
     assert calibration.load(copied) == calibration.load(evaluated.folder)
     assert outputs.read_json(copied / "run.json")["thresholds"] == evaluated.run["thresholds"]
+
+
+def test_however_cycles_are_shared_the_sample_is_the_same(evaluated: Done, copied: Path) -> None:
+    """A process that has every other cycle, and is faster than the one that has the rest."""
+    lose_the_sample(copied)
+    request = main.to_request(main.parse(["--resume", str(copied)]))
+    records = Records(copied, request.all_prompts, seeds_of(request))
+    mine = records.keys[::2]
+    batch = Batch(1, torch.device("cpu"))
+    sample, begun = take_sample(open_session(request), records, 1, mine, batch)
+    assert sample == calibration.load(evaluated.folder).sample
+    assert begun.keys() <= set(mine)
+    rounds = {key: row["rounds"] for key, row in rows_of(evaluated.folder).items()}
+    assert all(len(each.walk.rounds) <= rounds[key] for key, each in begun.items())
 
 
 def test_a_single_picture_uses_the_sample_of_an_evaluation_and_repeats_without_it(
@@ -175,6 +180,8 @@ def test_a_repeated_run_with_another_budget_has_thresholds_of_its_own(
         (("--scheduler", "ddim"), "scheduler of {file} is euler, here it is ddim"),
         (("--guidance_scale", "3"), "guidance of {file} is 7.5, here it is 3.0"),
         (("--no-mirror",), "use of mirror images of {file} is True, here it is False"),
+        (("--k", "2"), "k of {file} is 4.0, here it is 2.0"),
+        (("--rounds", "3"), "number of rounds of {file} is none, here it is 3"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -199,16 +206,39 @@ def test_a_sample_of_another_model_is_refused(
     assert f"the model of {evaluated.folder} is pocket, here it is painter" in done.err
 
 
+def kept(looks: list[Any], count: int = 16) -> str:
+    """A calibration.json of pictures that look so."""
+    return json.dumps(
+        {"of": {}, "plain": 20, "early": 1, "pictures": [{"looks": looks, "rounds": []}] * count}
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (None, "it does not exist"),
         ("[]", "it holds no JSON object"),
         ('{"of": {}}', "it holds no energies"),
-        ('{"of": {}, "energies": [[1, 2]]}', "it must hold energies of 16 pictures, got 1"),
-        ('{"of": {}, "energies": [[1, "a"]]}', "energies must be two finite numbers a picture"),
+        (kept([[True, 1, 20, 32]], count=15), "it must hold energies of 16 pictures, got 15"),
+        (kept([]), "a picture must have looks and rounds, got {'looks': [], 'rounds': []}"),
+        (kept([[True, 1, 20]]), "a look must have late, energy, cost, most, got [True, 1, 20]"),
+        (kept([[1, 1, 20, 32]]), "late must be true or false, got 1"),
+        (kept([[True, "a", 20, 32]]), "an energy must be a finite number, got 'a'"),
+        (kept([[True, 1, 0, 32]]), "a cost must be a whole number of at least 1, got 0"),
+        (kept([[True, 1, 20, 0.5]]), "a cost must be a whole number of at least 1, got 0.5"),
     ],
-    ids=["missing", "no object", "no energies", "too few", "no numbers"],
+    ids=[
+        "missing",
+        "no object",
+        "no energies",
+        "too few",
+        "no look",
+        "no most",
+        "no late",
+        "no energy",
+        "no cost",
+        "half a call",
+    ],
 )
 def test_what_is_no_sample_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
     file = tmp_path / "mine.json"
@@ -264,18 +294,19 @@ def test_the_pockets_own_sample_is_of_these_weights() -> None:
     words = ["--tempered_inference", "--model", "pocket", "--device", "cpu", "--dtype", "fp32"]
     session = open_session(main.to_request(main.parse(words)))
     assert session.painter.calibrated
-    sample = calibration.load(POCKETS_OWN)
-    assert sample.origin == session.origin
+    own = calibration.pockets_own()
+    assert own.origin == session.origin
     calibrate = pytest.importorskip("benchmarks.calibrate")
-    torch.manual_seed(0)
-    found = calibrate.energies(session, 1)
-    of_each_subset = sample.energies[:: len(sample.energies) // 4]
+    of_each_subset = own.sample.energies[:: len(own.sample.energies) // 4]
+    found = [painter.looks(watched)[-1] for painter, watched in calibrate.watched(session, 1)]
     for taken, stored in zip(found, of_each_subset, strict=True):
-        assert taken.last == pytest.approx(stored.last, abs=0.05)
+        assert taken.energy == pytest.approx(stored.last, abs=0.05)
 
 
 def test_a_sample_survives_its_file(tmp_path: Path) -> None:
-    energies = tuple(calibration.energies_of([i / 7, i]) for i in range(16))
-    calibration.save(tmp_path / calibration.FILE, Sample({"steps": 20, "lora": []}, energies))
-    assert calibration.load(tmp_path) == Sample({"steps": 20, "lora": []}, energies)
+    looks = Stop(False, 0.25, 20, 26), Stop(True, 1 / 7, 20, 32)
+    pictures = tuple(Sampled(looks, (Stop(True, i / 7, 32, None),) * i) for i in range(16))
+    mine = Calibration({"steps": 20, "lora": []}, Sample(20, 0.2, pictures))
+    calibration.save(tmp_path / calibration.FILE, mine)
+    assert calibration.load(tmp_path) == mine
     assert json.loads((tmp_path / calibration.FILE).read_text())["of"]["steps"] == 20

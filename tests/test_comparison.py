@@ -204,7 +204,7 @@ def test_each_metric_names_its_better_direction() -> None:
 def test_seconds_stand_where_they_were_taken() -> None:
     rows = lines_of(tables(compare(TWO_SUBSETS), {"animals": 1.25, "all": 2})[-1])
     assert [row[-1] for row in rows[3:]] == ["1.25", "-", "2.00"]
-    assert rows[-1][1:5] == ["20.0", "40.0", "88", "2.00"]
+    assert rows[-1][1:7] == ["20.0", "40.0", "20", "88", "100", "2.00"]
 
 
 @pytest.mark.parametrize("rows", [[("a", "b"), ("x|y", "1")], [("a",), ("1",)]])

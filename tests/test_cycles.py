@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 from PIL import Image
@@ -80,6 +82,20 @@ def test_no_byte_of_a_picture_can_change_unnoticed(folder: Path) -> None:
     assert KEY in finished(folder)
 
 
+def test_a_picture_that_only_seems_sound_is_named_with_what_helps(tmp_path: Path) -> None:
+    """Its checksums are right, what they are of is not: no accident makes that."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0))
+    path = tmp_path / "7-plain.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"?" * 50) + cycles.PNG_END)
+    assert cycles.is_sound(path)
+    with pytest.raises(ResourceError, match=r"7-plain\.png \(.*\): delete it, and --resume paints"):
+        cycles.picture(path)
+
+
 def a_folder(path: Path) -> None:
     path.mkdir()
 
@@ -119,6 +135,12 @@ def test_what_is_no_file_is_no_picture_and_nothing_is_waited_for(
         {"plain": {"ppv": "high", "npv": 0.5, "js": 0.5}},
         {"tempered": {"ppv": float("nan"), "npv": 0.5, "js": 0.5}},
         {"unet_calls": 10**400},
+        {"tempered_calls": -5},
+        {"plain_calls": 2.5},
+        {"seconds": "x"},
+        {"seconds": 10**400},
+        {"flags": []},
+        {"model": 5},
     ],
     ids=str,
 )
@@ -149,6 +171,12 @@ def test_who_paints_keeps_others_out_until_it_is_done(folder: Path) -> None:
             pass  # a process of the same run
     cycles.prepare(folder)
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_that_can_not_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match=r"^can not read .*; nothing was changed$"):
+        cycles.prepare(tmp_path / "file")
 
 
 def test_what_a_kill_left_is_removed_and_nothing_else(folder: Path) -> None:

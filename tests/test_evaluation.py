@@ -12,15 +12,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_judges
 import torch
+from accelerate import PartialState
+from calls import Done, call
 from loopback import Hub, closed_url, files_of
 from pictures import farthest
 from PIL import Image
@@ -52,35 +51,6 @@ a lion | a red car | a blue bowl
 """
 SUMMARIES = ("summary.json", "summary.csv", "summary.md")
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a call of the program ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out.splitlines()[-1])
-
-
-def call(*words: str) -> Done:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main.main(words)
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +188,30 @@ def test_a_bad_line_is_named_before_anything_is_loaded(
     done = call(*FEW, "--prompts_file", str(path), "--output", str(tmp_path / "runs"))
     line = f"{path}, line 2: no subject may be empty, got 'a bear |'"
     assert done == Done(2, "", f"error: {line}\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_set_whose_name_is_no_text_is_summed_up_too(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xffine.txt"))
+    file.write_text("a cat | a dog\n", encoding="utf-8")
+    output = str(tmp_path / "runs")
+    done = call(*FEW, "--prompts_file", str(file), "--cycles", "1", "--output", output)
+    assert (done.code, done.err) == (0, "")
+    assert (done.folder / "summary.md").read_text(encoding="utf-8").startswith("# m?ine\n")
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("versions", 5), ("started", 5), ("model", None), ("scheduler", [])]
+)
+def test_a_run_json_with_facts_that_are_none_is_told_anew(
+    fact: str, value: object, copied: Path, whole: Done
+) -> None:
+    run = outputs.read_json(copied / "run.json")
+    outputs.save_json(copied / "run.json", {**run, fact: value})
+    done = call("--resume", str(copied))
+    assert (done.code, done.err) == (0, "")
+    assert outputs.read_json(copied / "run.json")["model"] == "pocket"
+    assert summaries(copied) == summaries(whole.folder)
 
 
 def test_a_set_is_for_evaluations(file: Path) -> None:
@@ -463,7 +457,7 @@ def test_a_finished_evaluation_is_summed_up_again_without_its_model(
 def ranks(words: Sequence[str], count: int) -> list[Done]:
     """The command line in so many processes at once, in a launcher's environment."""
     host, port = closed_url().removeprefix("http://").split(":")
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     running = [
         subprocess.Popen(
@@ -512,6 +506,30 @@ def test_a_launcher_that_starts_one_process_for_two_is_told_which_one_does_not(
     assert f"torchrun --nproc_per_node N main.py {' '.join(FEW)}" in error
     assert done.returncode != 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "rest"),
+    [
+        ("abc", {}),
+        ("2", {}),
+        ("2", {"RANK": "5", "LOCAL_RANK": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}),
+    ],
+    ids=["no number", "no others", "none of them"],
+)
+def test_an_environment_that_no_launcher_has_made_is_told(
+    size: str, rest: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cluster's script may leave it."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": size, **rest}.items():
+        monkeypatch.setenv(name, value)
+    done = call(*FEW, "--output", str(tmp_path))
+    line = "error: WORLD_SIZE must be unset, or stand beside all else that a launcher sets, got "
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"{line}'{size}' (")
 
 
 # --- Judges.
@@ -569,6 +587,18 @@ def test_verdicts_follow_from_the_notes_on_disk(whole: Done, file: Path) -> None
             assert found == verdict("pocket", row[name], asked[0])
     rate = summary(whole.folder)["subsets"][-1]["measures"]["pocket/all_ok"]
     assert rate["tempered_mean"] == sum(found[1].all_ok for found in said.values()) / 6
+
+
+def test_notes_of_nothing_hide_no_others(copied: Path, whole: Done) -> None:
+    seen: Row = {"plain": {}, "tempered": {}}
+    for row in (
+        {"prompt": [], "seed": 2024, **seen},
+        {"prompt": 1, "seed": {}, **seen},
+        {"single": ["a cat"], "seed": 2024, "notes": {}},
+    ):
+        outputs.append_json_line(copied / "notes-pocket.jsonl", row)
+    assert call("--resume", str(copied)).code == 0
+    assert summaries(copied) == summaries(whole.folder)
 
 
 def test_notes_that_can_not_be_read_are_named(copied: Path) -> None:
@@ -632,7 +662,7 @@ def process(words: Sequence[str], env: dict[str, str]) -> Done:
     done = subprocess.run(
         [sys.executable, "main.py", *words],
         cwd=REPOSITORY,
-        env={**env, "OMP_NUM_THREADS": "1"},
+        env=env,
         capture_output=True,
         encoding="utf-8",
         timeout=300,

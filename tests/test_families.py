@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from pictures import farthest
-from tiny import SIDE, latent_consistency, shared, stable_diffusion_xl
+from pictures import diffusers_picture, diffusers_picture_and_latents, farthest
+from PIL import Image
+from tiny import SIDE, latent_consistency, shared, stable_diffusion_xl, taesd
 
 from errors import InputError, ModelError
 from families import (
@@ -19,6 +23,7 @@ from families import (
     latents_to_rgb,
     linear_map,
 )
+from settings import Tempering
 
 
 def test_a_pipeline_of_a_known_family_or_derived_from_one_is_taken(
@@ -124,6 +129,65 @@ def test_the_vae_of_xl_decodes_in_float32_where_its_float16_overflows() -> None:
     assert pipe.vae.dtype is torch.float16  # as the user had it
     cpu_offload(pipe.vae, "cpu")  # weights on "meta", as by sequential offload
     assert farthest(family_of(pipe).decode(latents)[0], expected) <= 2
+
+
+@torch.no_grad()
+def test_the_tiny_decoder_gives_what_diffusers_gets_from_it_in_the_vaes_place(
+    own_pipe: DiffusionPipeline,
+) -> None:
+    tiny = taesd(own_pipe.vae.config.latent_channels)
+    settings = Tempering(steps=2, stoptime=1, height=32, width=48)
+    _, latents = diffusers_picture_and_latents(own_pipe, "a cat", settings, 3)
+    own: Any = type(own_pipe)(**{**own_pipe.components, "vae": tiny})
+    own.set_progress_bar_config(disable=True)
+    expected = diffusers_picture(own, "a cat", settings, 3)
+    by_vae = family_of(own_pipe).decode(latents)[0]
+    own_pipe.taesd = tiny
+    try:
+        found = family_of(own_pipe).previews(latents, "taesd")[0]
+    finally:
+        del own_pipe.taesd
+    assert farthest(found, expected) == 0
+    assert farthest(found, by_vae) > 8
+
+
+@torch.no_grad()
+def test_half_the_side_shows_the_same_picture_in_the_same_size(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    settings = Tempering(steps=8, height=64, width=88)
+    _, latents = diffusers_picture_and_latents(pipe, "a red car", settings, 3)
+    latents = latents[..., :-1]  # a side that has no half
+    family = family_of(pipe)
+    whole, half = (family.previews(latents, by)[0] for by in ("vae", "half"))
+    assert half.size == whole.size == (84, 64)
+    small = [
+        np.asarray(each.resize((21, 16), Image.Resampling.BOX)).ravel() for each in (whole, half)
+    ]
+    assert np.corrcoef(small)[0, 1] > 0.9
+    assert farthest(whole, half) > 8
+
+
+def test_the_best_preview_is_the_tiny_decoders_or_else_follows_the_size() -> None:
+    pipe = shared("sd2")  # a latent is two pixels wide
+    family = family_of(pipe)
+    assert [family.preview_for((1, 4, side, 400)) for side in (255, 256)] == ["vae", "half"]
+    pipe.taesd = taesd()
+    try:
+        assert [family.preview_for((1, 4, side, 400)) for side in (255, 256)] == ["taesd"] * 2
+    finally:
+        del pipe.taesd
+
+
+def test_a_broken_tiny_decoder_is_the_one_that_is_named() -> None:
+    pipe = shared("sd2")
+    pipe.taesd = taesd()
+    pipe.taesd.decoder.layers[0].weight.data[0] = float("nan")
+    try:
+        with pytest.raises(ModelError, match="because weights of tiny decoder are not"):
+            family_of(pipe).previews(torch.zeros(1, 4, 8, 8), "taesd")
+    finally:
+        del pipe.taesd
 
 
 class FakeVae:

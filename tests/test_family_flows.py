@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from calls import Done, call
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline
 from safetensors.torch import save_file
-from test_flows import (
-    MEASURE,
-    PAINT,
-    PROMPT,
-    Done,
-    assert_same_bytes,
-    call,
-    one_thread,
-    parameters,
-    pixels,
-)
+from test_flows import MEASURE, PAINT, PROMPT, REPOSITORY, assert_same_bytes, parameters, pixels
+from test_main import PROBE
 
 from loras import locate
-
-__all__ = ["one_thread"]  # a fixture is used by its name
 
 FEW = ("--steps", "4", "--rounds", "1", "--seed", "3", "--clipseg", "pocket", "--offline")
 ON_CPU = ("--device", "cpu", "--dtype", "fp32")
@@ -188,6 +180,40 @@ def test_what_a_family_does_not_admit_is_one_line_and_code_2(
     assert (done.code, done.out) == (2, "")
     assert fault in done.err
     assert done.err.count("\n") == 1
+
+
+def test_what_a_family_does_not_admit_is_refused_before_anything_heavy_is_imported(
+    tiny_folders: dict[str, Path], tiny_files: dict[str, Path]
+) -> None:
+    sd3, bare = str(tiny_folders["sd3"]), str(tiny_files["bare"])
+    words = [
+        [PAINT, "--model", sd3, "--scheduler", "pndm"],
+        [PAINT, "--model", sd3, "--height", "1000"],
+        [PAINT, "--model", bare, "--width", "1000"],
+        [PAINT, "--model", bare, "--prediction_type", "epsilon"],
+    ]
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=REPOSITORY,
+        input=json.dumps(words),
+        capture_output=True,
+        text=True,
+    )
+    answers = [json.loads(line) for line in probe.stdout.splitlines()]
+    assert answers == [[each, 2, []] for each in words], probe.stderr
+
+
+def test_a_lora_of_another_family_is_refused_before_weights_load(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_folders["sdxl"], tmp_path / "xl"))
+    (model / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    save_file(tiny.lora(tiny.shared("sd2")), tmp_path / "style.safetensors")
+    lora = ("--lora", str(tmp_path / "style.safetensors"))
+    done = call(PAINT, "--model", str(model), *lora, "--output", str(tmp_path), *FEW)
+    fault = "is for text of width 32, the model's is 96"
+    line = f"error: --lora must be of the model's own family, but style {fault}\n"
+    assert (done.code, done.out, done.err) == (2, "", line)
 
 
 def test_t5_is_left_out_by_the_flag(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -18,17 +18,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from calls import Done, call, run_of
 from loopback import Hub, closed_url, hub_environment, pocket_repositories
 from PIL import Image
 
@@ -54,39 +52,12 @@ PATIENCE = 300  # seconds; only a process that hangs takes so long
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a call of the program ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder, which is the last line of its output."""
-        return Path(self.out.splitlines()[-1])
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """The content of the run's run.json."""
-        return run_of(self.folder)
-
-
-def call(*words: str) -> Done:
-    """Run the command line in this process."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = main.main(words)
-    return Done(code, out.getvalue(), err.getvalue())
-
-
 def start(*words: str, env: Mapping[str, str] = os.environ) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own, with one thread."""
+    """Start the command line in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "main.py", *words],
         cwd=REPOSITORY,
-        env={**env, "OMP_NUM_THREADS": "1"},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -100,11 +71,6 @@ def finish(process: subprocess.Popen[str]) -> Done:
     finally:
         process.kill()
     return Done(process.returncode, out, err)
-
-
-def run_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return content
 
 
 def names(folder: Path) -> set[str]:
@@ -125,15 +91,6 @@ def assert_same_bytes(one: Path, other: Path, files: tuple[str, ...] = PICTURES)
     assert [
         name for name in files if (one / name).read_bytes() != (other / name).read_bytes()
     ] == []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the processes: their figures can be compared, and none waits for another's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- One tempered picture ----
@@ -296,15 +253,26 @@ def test_any_number_of_prompts_is_painted(prompts: list[str], tmp_path: Path) ->
     assert first == " next to ".join(prompts)
 
 
-def test_the_linear_preview_is_another_view_of_the_same_latents(
-    picture: Done, tmp_path: Path
+@pytest.mark.parametrize("preview", ["half", "linear"])
+def test_another_preview_is_another_view_of_the_same_latents(
+    picture: Done, tmp_path: Path, preview: str
 ) -> None:
-    done = call(PAINT, *FEW, "--compare", "--preview", "linear", "--output", str(tmp_path))
+    done = call(PAINT, *FEW, "--compare", "--preview", preview, "--output", str(tmp_path))
     assert (done.code, done.err) == (0, "")
-    linear, vae = (pixels(folder / "interrupted.png") for folder in (done.folder, picture.folder))
-    assert linear.shape == vae.shape
-    assert (linear != vae).any()
+    assert done.run["preview"] == done.run["arguments"]["preview"] == preview
+    found, usual = (pixels(folder / "interrupted.png") for folder in (done.folder, picture.folder))
+    assert found.shape == usual.shape
+    assert (found != usual).any()
     assert_same_bytes(done.folder, picture.folder, ("plain.png",))
+
+
+def test_which_preview_ran_is_told_and_repeated(picture: Done, tmp_path: Path) -> None:
+    """By itself it is whatever there is; a repetition takes what that was."""
+    ran = picture.run["preview"]
+    assert ran != "auto"
+    assert picture.run["arguments"]["preview"] == ran
+    done = call(PAINT, *FEW, "--compare", "--preview", ran, "--output", str(tmp_path))
+    assert_same_bytes(done.folder, picture.folder, ("interrupted.png", "tempered.png"))
 
 
 def test_another_scheduler_makes_another_picture_and_says_so(picture: Done, tmp_path: Path) -> None:
@@ -400,14 +368,19 @@ def state_of(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("[0-9]*.png")}
 
 
+OF_A_SAMPLE = {"calibration.json", "energies.jsonl"}  # which a single round does not need
+
+
 def test_an_evaluation_leaves_the_files_of_readme(evaluation: Done) -> None:
     _, added = files_in_readme()
     assert evaluation.code == 0
     assert added == {
         *("run.json", "cycles.jsonl", "summary.json", "summary.csv", "summary.md"),
         *("scatter.png", "sheet.png", "report.html", "notes-pocket.jsonl"),
+        *OF_A_SAMPLE,
     }
-    assert names(evaluation.folder) == {*added, *pictures_of(range(2024, 2024 + CYCLES))}
+    pictures = pictures_of(range(2024, 2024 + CYCLES))
+    assert names(evaluation.folder) == {*added, *pictures} - OF_A_SAMPLE
 
 
 def test_a_line_a_cycle_with_its_figures(evaluation: Done) -> None:
@@ -747,7 +720,8 @@ def test_where_run_json_is_damaged_all_flags_given_again_go_on(
     assert (alone.code, alone.out, alone.err.count("\n")) == (2, "", 1)
     assert "all flags of the first call are given again, --evaluate among them" in alone.err
     flags = (MEASURE, *FEW, "--cycles", str(CYCLES))
-    for other in (("--k", "3"), ("--accept", "0.1"), ("--look_guidance", "3"), ("--steps", "5")):
+    others = ("--k 3", "--accept 0.1", "--look_guidance 3", "--steps 5", "--seed 1")
+    for other in map(str.split, others):
         refused = call("--resume", str(copied), *flags, *other)
         assert (refused.code, painted(refused)) == (2, 0)
         assert "its cycles were made by others than these" in refused.err
@@ -813,7 +787,6 @@ def test_when_one_of_several_is_killed_the_others_last_words_say_how_to_go_on(
     process = subprocess.Popen(
         [*launcher, "--nproc_per_node", "2", "main.py", *words],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",

@@ -6,9 +6,15 @@ Whatever talks to a Hub runs in a process of its own, against the stand-in of lo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -22,6 +28,7 @@ from kinds import MODEL, SEGMENTER, STABLE_DIFFUSION, VAE
 
 __all__ = ["hub"]  # a fixture is used by its name
 
+REPOSITORY = Path(__file__).parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FORMS = "a folder, a .safetensors file, a Hub id or pocket"
 
@@ -188,6 +195,61 @@ def test_of_a_single_files_lender_only_what_the_file_lacks_is_fetched(
     assert hub.downloads() == sorted(small | clips)
 
 
+TAESD_HUB = "madebyollin/taesd"
+LOAD_TAESD = """
+    words = {"preview": sys.argv[2], "offline": bool(sys.argv[3])}
+    pipe = load_pipeline(sys.argv[1], dtype="fp32", **words)
+    answer = pipe.taesd and float(sum(each.double().sum() for each in pipe.taesd.parameters()))"""
+
+
+def taesd_files(folder: Path, **more: int) -> Files:
+    tiny.taesd(**more).save_pretrained(folder)
+    return files_of(folder)
+
+
+def test_the_tiny_decoder_is_fetched_with_the_model_once(
+    hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    unneeded = dict.fromkeys(("taesd_decoder.safetensors", "diffusion_pytorch_model.bin"), b"no")
+    hub.repositories[TAESD_HUB] = {**unneeded, **taesd_files(tmp_path / "taesd")}
+    environment = hub.environment(tmp_path / "home")
+
+    def load(*words: object) -> Any:
+        return child(LOAD_TAESD.strip(), environment, tiny_folders["sd2"], *words)["answer"]
+
+    assert load("vae", "") is None
+    assert hub.downloads() == []
+    expected = sum(float(each.detach().double().sum()) for each in tiny.taesd().parameters())
+    assert load("auto", "") == pytest.approx(expected)
+    needed = [f"{TAESD_HUB}/config.json", f"{TAESD_HUB}/diffusion_pytorch_model.safetensors"]
+    assert hub.downloads() == needed
+    assert load("taesd", "offline") == load("auto", "") == pytest.approx(expected)
+    assert hub.downloads() == needed
+
+
+def test_without_the_tiny_decoder_auto_does_with_the_vae_and_taesd_is_one_line(
+    hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.repositories["madebyollin/taesd3"] = taesd_files(tmp_path / "taesd")  # 4 channels, not 16
+    environment = hub.environment(tmp_path / "home")
+
+    def load(family: str, *words: object) -> Any:
+        return child(LOAD_TAESD.strip(), environment, tiny_folders[family], *words)["answer"]
+
+    assert [load("sd2", "auto", "offline"), load("sd2", "auto", ""), load("bare", "auto", "")] == [
+        *(None, None, None)
+    ]
+    instead = "; what works without it: --preview vae, half or linear"
+    reason = "it is not complete in the cache, and offline nothing is fetched"
+    text = f"can not download {TAESD_HUB}: {reason}{instead}"
+    assert load("sd2", "taesd", "offline") == {"error": 1, "text": text}
+    text = (
+        "the tiny decoder madebyollin/taesd3 does not fit: it takes 4 channels and enlarges 2 "
+        f"times, the model's VAE 16 and 2{instead}"
+    )
+    assert load("bare", "taesd", "") == {"error": 1, "text": text}
+
+
 def test_a_lender_behind_terms_is_named_with_what_helps(
     hub: Hub, tiny_files: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -215,6 +277,37 @@ def test_dropped_connection_is_taken_up(hub: Hub, tmp_path: Path, reset: bool) -
     said = ask(hub.environment(tmp_path))
     assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
     assert hub.downloads().count(f"{STABLE_DIFFUSION}/{UNET}") == 2
+
+
+def test_a_download_that_stalls_is_taken_up(hub: Hub, tmp_path: Path) -> None:
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", times=2, reset=True, stalls=3)
+    environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    said = ask(environment, STABLE_DIFFUSION)
+    assert (Path(said["answer"]) / UNET).read_bytes() == (MODEL.pocket / UNET).read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_for_no_dead_line(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.drop(f"{STABLE_DIFFUSION}/{UNET}", stalls=100)  # seconds
+    environment = {**hub.environment(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "100"}
+    words = ["--tempered_inference", "--prompts", "a dog", "--output", str(tmp_path / "runs")]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *words],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 200
+    while f"{STABLE_DIFFUSION}/{UNET}" not in hub.downloads():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=50)  # half of what the line is dead for
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "interrupted")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_download_that_fails_for_good_is_one_line_and_a_second_run_completes(

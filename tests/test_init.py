@@ -434,7 +434,8 @@ def test_interrupted_installation_leaves_no_stamp(name: str, ready: Path) -> Non
 
 
 def test_requirements_name_every_package_that_the_program_imports() -> None:
-    required = init.required_modules(REPOSITORY / "requirements.txt")
+    files = ("requirements.txt", "requirements-openvino.txt")
+    required = [module for file in files for module in init.required_modules(REPOSITORY / file)]
     known = {module.split(".")[0] for module in required} | set(sys.stdlib_module_names)
     own = {file.stem for file in REPOSITORY.glob("*.py")}
     own |= {folder.parent.name for folder in REPOSITORY.glob("*/__init__.py")}

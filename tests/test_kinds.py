@@ -54,9 +54,10 @@ def test_a_folder_of_an_inpainting_unet_is_refused_whatever_it_calls_itself(pain
 
 def test_a_folder_with_a_corrupt_configuration_names_the_file(painter: Path) -> None:
     for name in ("unet/config.json", "model_index.json"):
-        (painter / name).write_text("[")
-        with pytest.raises(InputError, match=rf"has a corrupt {Path(name).name}$"):
-            check(str(painter), MODEL)
+        for content in ("[", "[" * 100_000, "[]"):
+            (painter / name).write_text(content)
+            with pytest.raises(InputError, match=rf"has a corrupt {Path(name).name}$"):
+                check(str(painter), MODEL)
 
 
 UNET = "model.diffusion_model.input_blocks.0.0.weight"
@@ -103,6 +104,20 @@ def test_single_files_that_take_more_than_latents_are_refused(
     wide = torch.zeros(len(tensors[UNET]), channels, 3, 3)
     save_file({**tensors, UNET: wide}, tmp_path / "x.safetensors")
     assert_refused(tmp_path / "x.safetensors", told)
+
+
+@pytest.mark.parametrize("shape", ["5", "null", '"wide"', "[1, null]", "[[4]]", "[" * 100_000])
+def test_a_header_that_no_library_wrote_is_none(shape: str, tmp_path: Path) -> None:
+    header = f'{{"{UNET}": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 4]}}}}'.encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InputError, match=r"is not a safetensors file$"):
+        check(str(tmp_path / "x.safetensors"), MODEL)
+
+
+@pytest.mark.parametrize("shape", [[], [4]])
+def test_a_first_layer_that_is_no_convolution_is_refused(shape: list[int], tmp_path: Path) -> None:
+    save_file({UNET: torch.zeros(shape)}, tmp_path / "x.safetensors")
+    assert_refused(tmp_path / "x.safetensors", "is a model that takes 0 channels,")
 
 
 def test_models_are_no_vaes_and_no_segmenters(tiny_folders: dict[str, Path]) -> None:

@@ -18,14 +18,14 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from loopback import Hub, ask, child, closed_url, files_of, hub, hub_environment
-from originals import single_file
 from safetensors.torch import load_file, save_file
 
 import loaders
-from errors import InputError, ModelError, ResourceError, memory_errors
+from benchmarks.originals import single_file
+from errors import InputError, ModelError, ResourceError, TemperingError, memory_errors
 from families import networks_of
-from hub import CLIPSEG, POCKET, resolve
-from kinds import STABLE_DIFFUSION
+from hub import CLIPSEG, POCKET, check, resolve
+from kinds import MODEL, STABLE_DIFFUSION
 from loaders import (
     SAMPLER_NAMES,
     SCHEDULERS,
@@ -366,13 +366,8 @@ def test_what_a_family_does_not_admit_is_refused_before_it_loads(
 def test_a_model_on_edms_schedule_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folders["sdxl"], tmp_path / "playground"))
     EDMDPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text())
-    named = {**index, "scheduler": ["diffusers", "EDMDPMSolverMultistepScheduler"]}
-    (folder / "model_index.json").write_text(json.dumps(named))
-    with pytest.raises(
-        InputError, match=r"schedule must be .*, got EDMDPMSolverMultistepScheduler"
-    ):
-        load_pipeline(folder, device="cpu")
+    with pytest.raises(InputError, match=r"'.*playground' is a model on EDM's schedule, not "):
+        check(str(folder), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +422,13 @@ def test_pocket_is_ready_exact_and_named(pocket: StableDiffusionPipeline) -> Non
     assert clipseg.processor.image_processor.size["height"] == own["size"]["height"]
 
 
+def test_a_tiny_decoder_that_the_pocket_has_not_is_refused() -> None:
+    with pytest.raises(InputError) as raised:
+        load_pipeline(POCKET, preview="taesd")
+    text = "--preview taesd must not be given with the pocket; what works without it: "
+    assert str(raised.value) == text + "--preview vae, half or linear"
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_scheduler_is_of_its_class_on_the_models_own_schedule(name: str) -> None:
     pipe = load_pipeline(POCKET, scheduler=name.upper())
@@ -455,6 +457,17 @@ def test_folder_is_called_by_its_last_name(painter: Path) -> None:
     assert model_name(pipe) == "painter"
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
     assert resolve(str(painter)) == painter
+
+
+def test_libraries_that_do_not_import_are_no_fault_of_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(name: str) -> None:
+        raise RuntimeError(f"Failed to import {name}")
+
+    monkeypatch.setattr(loaders, "import_module", broken)
+    with pytest.raises(TemperingError, match=r"^the libraries of this Python can not be imported"):
+        load_clipseg(str(SEGMENTER))
 
 
 def test_corrupt_weights_are_one_line(painter: Path) -> None:
@@ -529,6 +542,18 @@ def test_a_vae_that_is_not_whole_is_named(tmp_path: Path) -> None:
         load_pipeline(POCKET, vae=str(folder))
 
 
+def test_a_vae_of_another_family_is_refused_before_weights_load(
+    tiny_folders: dict[str, Path], tiny_files: dict[str, Path], painter: Path
+) -> None:
+    (painter / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    of_3 = tiny_folders["sd3"] / "vae"
+    for vae in (of_3, tiny_files["sd3"]):
+        with pytest.raises(InputError) as raised:
+            load_pipeline(painter, vae=vae)
+        fault = f"but {str(vae)!r} takes 16"
+        assert str(raised.value) == f"--vae must take latents of 4 channels, {fault}"
+
+
 @pytest.mark.parametrize(
     ("part", "changed", "fault"),
     [
@@ -562,6 +587,15 @@ def test_a_configuration_that_no_library_likes_is_one_line(painter: Path, conten
     (painter / "text_encoder" / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ModelError, match=r"^weights of painter are corrupt or do not fit: "):
         load_pipeline(str(painter))
+
+
+def test_a_model_that_fails_leaves_torch_as_it_was(painter: Path) -> None:
+    config = painter / "unet" / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**content, "norm_num_groups": 7}), encoding="utf-8")
+    with pytest.raises(ModelError):
+        load_pipeline(str(painter), dtype="bf16", device="cpu")
+    assert torch.get_default_dtype() is torch.float32
 
 
 # What the ecosystem writes.

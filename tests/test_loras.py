@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 
 from errors import InputError, ModelError
 from families import family_of
+from kinds import MODEL, layout_of
 from loaders import load_pipeline
-from loras import FORMS, check, locate, parsed
+from loras import FORMS, check, check_fit, locate, parsed
 from sampling import Sampler
 from settings import Tempering
 
@@ -201,15 +203,64 @@ def test_several_loras_add_up_and_weight_0_is_none(
         if not lora.startswith(family)
     ],
 )
-def test_a_lora_of_another_family_is_refused_in_one_line(
+def test_a_lora_of_another_family_is_refused_by_its_header(
     family: str, lora: str, folder: Path, tiny_folders: dict[str, Path]
 ) -> None:
-    with pytest.raises(ModelError) as raised:
-        load_pipeline(
-            tiny_folders[family], lora=[f"{folder / lora}.safetensors"], device="cpu", dtype="fp32"
-        )
-    assert str(raised.value).startswith(f"the LoRA {lora} does not fit {family}: ")
-    assert "\n" not in str(raised.value)
+    found = locate(f"{folder / lora}.safetensors", offline=True)
+    layout = layout_of(tiny_folders[family], MODEL)
+    other = f"^--lora must be of the model's own family, but {lora} (changes|is for text of width)"
+    with pytest.raises(InputError, match=other):
+        check_fit(found, layout, tiny_folders[family])
+    of_its_own = tiny_folders[lora.removesuffix("-kohya")]
+    check_fit(found, layout_of(of_its_own, MODEL), of_its_own)
+
+
+def test_a_lora_of_another_size_is_one_line_of_the_programs_own(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    wide = tmp_path / "wide.safetensors"
+    own = tiny.lora(tiny.shared("sd3"))
+    save_file(
+        {name: torch.cat([value, value], int("lora_A" in name)) for name, value in own.items()},
+        wide,
+    )
+    said: list[logging.LogRecord] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record)
+
+    listener = Listener()
+    logging.getLogger("diffusers").addHandler(listener)
+    try:
+        with pytest.raises(ModelError, match=r"^the LoRA wide does not fit sd3: [^\n]*$"):
+            load_pipeline(tiny_folders["sd3"], lora=[str(wide)], device="cpu")
+    finally:
+        logging.getLogger("diffusers").removeHandler(listener)
+    assert said == []
+
+
+def test_a_lora_that_names_no_part_is_refused_in_one_line(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As some scripts write them, of the U-Net's own names."""
+    tensors = tiny.lora(tiny.shared("sd2"))
+    bare = {name.removeprefix("unet."): each for name, each in tensors.items() if "unet" in name}
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(ModelError, match=r"^the LoRA bare does not fit sd2: it names no part that"):
+        load_pipeline(tiny_folders["sd2"], lora=[str(tmp_path / "bare.safetensors")], device="cpu")
+
+
+def test_a_lora_that_is_not_finite_is_named_and_not_its_model(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = tiny.lora(tiny.shared("sd2"))
+    unsound = {name: each * float("nan") for name, each in tensors.items() if "unet" in name}
+    save_file(unsound, tmp_path / "unsound.safetensors")
+    name = str(tmp_path / "unsound.safetensors")
+    pipe = load_pipeline(tiny_folders["sd2"], lora=[name], device="cpu", dtype="fp32")
+    with pytest.raises(ModelError, match=r"because weights of a LoRA of unet are not: put a sound"):
+        painted(pipe)
 
 
 def painted(pipe: Any) -> Any:

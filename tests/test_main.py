@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import errno
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +27,13 @@ import hub
 import inference
 import kinds
 import loaders
+import loras
 import main
 import sampling
-from settings import VERSION, Request, Tempering
+from settings import DEFAULT_WAY, VERSION, Request, Tempering
 
 REPOSITORY = Path(main.__file__).parent
+FULL_DISK = Path("/dev/full")
 POCKET = REPOSITORY / "pocket" / "weights" / "stable-diffusion"
 UNET = Path("unet", "diffusion_pytorch_model.safetensors")
 TABLES = ("README.md", "README.es.md")
@@ -132,7 +137,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "cooling 2": ([PAINT, "--cooling", "2"], "cooling must be a finite number in 0..1, got 2.0"),
     "candidates 0": (
         [MEASURE, "--candidates", "0"],
-        "candidates must be a whole number of at least 1, got 0",
+        "candidates must be a whole number in 1..1000, got 0",
     ),
     "background 2": (
         [PAINT, "--background", "2"],
@@ -150,7 +155,24 @@ BAD: dict[str, tuple[list[str], str]] = {
         [PAINT, "--threshold", "2"],
         "threshold must be a finite number in 0..1, got 2.0",
     ),
-    "cycles 0": ([MEASURE, "--cycles", "0"], "cycles must be a whole number of at least 1, got 0"),
+    "cycles 0": ([MEASURE, "--cycles", "0"], "cycles must be a whole number in 1..1000000, got 0"),
+    "cycles beyond count": (
+        [MEASURE, "--cycles", "1000000000"],
+        "cycles must be a whole number in 1..1000000, got 1000000000",
+    ),
+    "cycles of many prompts": (
+        [MEASURE, "--prompts_file", "attend-and-excite", "--cycles", "4000"],
+        "cycles must be a whole number in 1..3623 (1000000 in all, of 276 prompts), got 4000",
+    ),
+    "candidates beyond memory": (
+        [PAINT, "--candidates", "1000000000"],
+        "candidates must be a whole number in 1..1000, got 1000000000",
+    ),
+    "a LoRA that can not be": (
+        [PAINT, "--lora", f"{'x' * 400}:1"],
+        f"--lora must be {loras.FORMS}, but '{'x' * 400}:1' can not be read "
+        f"([Errno {errno.ENAMETOOLONG}] {os.strerror(errno.ENAMETOOLONG)}: ...)",
+    ),
     "seed -1": (
         [PAINT, "--seed", "-1"],
         "seed must be a whole number in 0..4294967295, got -1",
@@ -171,6 +193,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "model nowhere": (
         [PAINT, "--model", "./no/such/model"],
         f"{MODEL} './no/such/model' does not exist",
+    ),
+    "model of no text": (
+        [PAINT, "--model", "mo\udcffdel"],
+        f"{MODEL} 'mo\\udcffdel' can not be read ('utf-8' codec can't encode character "
+        "'\\udcff' in position 2: surrogates not allowed)",
     ),
     "model pickled": (
         [PAINT, "--model", "sd-v1-4.ckpt"],
@@ -378,6 +405,8 @@ NOT_TYPED: dict[str, list[object]] = {
     "offline": ["no", 0, None],
     "compare": ["false", 1],
     "preview": ["photo", 1, None],
+    "backend": ["abacus", True, None],
+    "compile": ["yes", 1, None],
     "model": [5, ["pocket"], {}],
     "height": ["large", 60, 8.0],
     "seed": [-1, "9" * 20, 2024.0],
@@ -475,6 +504,17 @@ def test_steps_alone_take_the_rest_along_into_run_json(
     assert asked[1].settings == Tempering(steps=50)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_readme_and_help_say_what_follows_the_steps(name: str) -> None:
+    text = " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+    settings = Tempering(steps=50)
+    parts = [getattr(settings, each) for each in DEFAULT_WAY]
+    assert re.search(r"\b50 (steps|pasos)\D+{}, {} \w+ {}\b".format(*parts), text)
+    told = " ".join(main.parser().format_help().split())
+    for part in DEFAULT_WAY.values():
+        assert f"(default: {part} of 20 steps, of others as large a share" in told
+
+
 def test_a_run_repeated_with_other_steps_keeps_its_own_shares(
     tmp_path: Path, asked: list[Request]
 ) -> None:
@@ -533,6 +573,30 @@ def test_a_python_without_the_libraries_says_how_to_start(tmp_path: Path) -> Non
     line = r"error: \w+ is not installed in this Python: start with `python init.py` and the same "
     assert re.fullmatch(line + r"flags, or activate .venv\n", done.stderr)
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        ("ImportError('libcudnn.so.9: cannot open')", "libcudnn.so.9: cannot open"),
+        ("OSError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
+        ("AttributeError('no Tensor')", "no Tensor"),
+    ],
+)
+def test_libraries_that_do_not_import_are_named(
+    raised: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken.py").write_text(f"raise {raised}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(main.MODULES, "tempered_inference", "broken")
+    assert refusal([PAINT, "--output", str(tmp_path)], capsys, code=1) == (
+        f"the libraries of this Python can not be imported ({reason}): start with `python init.py` "
+        "and the same flags, or activate .venv"
+    )
 
 
 # ---- Speed, help and documents ----
@@ -637,6 +701,101 @@ def test_debug_shows_a_traceback_with_bad_input_too(capsys: pytest.CaptureFixtur
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert err.endswith(f"\nerror: steps must be {STEPS}, got 0\n")
+
+
+def tell_the_folder(request: Request) -> None:
+    sys.stdout.write(f"{request.output}\n")
+
+
+def test_what_a_terminal_can_not_show_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a redirected Windows console, which takes letters of one alphabet only."""
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="ascii"))
+    monkeypatch.setattr(inference, "run", tell_the_folder)
+    assert main.main([PAINT, "--output", str(tmp_path / "Größe \udcff")]) == 0
+    assert terminal.getvalue().decode().rstrip().endswith(r"Gr\xf6\xdfe \udcff")
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("fault", [errno.EPIPE, errno.ENOSPC], ids=errno.errorcode.get)
+def test_who_does_not_take_the_results_is_named(
+    fault: int,
+    unbuffered: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As `main.py ... | head -1` does, and a full disk behind `main.py ... > file`."""
+    if fault == errno.ENOSPC and not FULL_DISK.exists():
+        pytest.skip("this system has no full disk at hand")
+    monkeypatch.setattr(inference, "run", tell_the_folder)
+    file = io.FileIO(FULL_DISK, "w") if fault == errno.ENOSPC else unread_pipe()
+    raw: Any = file if unbuffered else io.BufferedWriter(file)
+    with io.TextIOWrapper(raw, encoding="utf-8", write_through=unbuffered) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main.main([PAINT]) == 1
+        monkeypatch.undo()  # and nothing is raised where Python closes it at its end
+    reason = os.strerror(fault)
+    assert capsys.readouterr().err == f"error: can not write to standard output ({reason})\n"
+
+
+def unread_pipe() -> io.FileIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return io.FileIO(writer, "w")
+
+
+def test_closed_streams_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `main.py ... >&- 2>&-` leaves them."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(inference, "run", tell_the_folder)
+    assert [main.main(words) for words in ([PAINT], [PAINT, "--steps", "0"])] == [0, 2]
+
+
+def test_ctrl_c_before_the_start_shows_no_traceback() -> None:
+    interrupt_itself = (
+        "import builtins, os, runpy, signal\n"
+        "real = builtins.__import__\n"
+        "def imported(name, *others):\n"
+        "    if name == 'hub':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *others)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "builtins.__import__ = imported\n"
+        f"runpy.run_path({main.__file__!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", interrupt_itself], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(name: str, tmp_path: Path) -> None:
+    """What is raised in a finaliser is ignored by Python."""
+    (tmp_path / "flow.py").write_text(
+        "import os, signal, time\n"
+        "class Tidying:\n"
+        "    def __del__(self):\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        "        sum(range(1000))\n"
+        "def run(request):\n"
+        "    Tidying()\n"
+        "    time.sleep(60)\n"
+    )
+    words = [PAINT, "--output", str(tmp_path)]
+    code = (
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(tmp_path)!r}]; import main;"
+        "main.MODULES['tempered_inference'] = 'flow'; main.heed_signals();"
+        f"sys.exit(main.main({words!r}))"
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert time.monotonic() - begun < 50
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.0001], ids=["half the weights", "half the header"])
@@ -789,10 +948,14 @@ OUT_OF_MEMORY = (
 )
 
 
+@pytest.mark.parametrize(
+    "pixels",
+    ["800000000", str(2**59)],  # 160 petabytes of latents, and more than can be counted
+)
 def test_more_pixels_than_memory_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pixels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = ["--height", "800000000", "--width", "800000000"]  # 160 petabytes of latents
+    size = ["--height", pixels, "--width", pixels]
     words = [PAINT, *FEW, *size, "--output", str(tmp_path)]
     assert refusal(words, capsys, code=1) == OUT_OF_MEMORY
 

@@ -71,10 +71,10 @@ def test_a_file_without_a_prompt_is_refused(content: bytes, tmp_path: Path) -> N
         prompts.load(str(path), " and ")
 
 
-@pytest.mark.parametrize("name", ["nobody", ".", "/dev/zero", ""])
+@pytest.mark.parametrize("name", ["nobody", ".", "/dev/zero", "", "~nobody-here/x", "x" * 5000])
 def test_what_is_neither_a_file_nor_a_name_is_told_the_names(name: str) -> None:
     with pytest.raises(InputError, match="one of attend-and-excite, three-subjects, pocket-"):
-        prompts.load(name, " and ")
+        prompts.load(prompts.lasting(name), " and ")
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from recipe.clipseg import PROMPTS, questions
 from recipe.data import Placed, Scene
 from recipe.judge import round_trip
 from recipe.measure import denoiser
-from recipe.training import bf16
+from recipe.reliability import binned, looked_at
+from recipe.taesd import new_taesd, surroundings, train_taesd
+from recipe.training import Plan, bf16
 from recipe.unet import previews, repaint
+from settings import Tempering
 
 CAR = Noun("car", "red")
 SCENE = Scene((Placed(CAR, "noto", False, 8, 8, 48),), "a red car", (255,) * 3, (255,) * 3)
@@ -60,6 +64,31 @@ def test_a_preview_of_less_noise_is_nearer_to_the_picture(
         errors.append(off(preview(list(range(8)), torch.Generator().manual_seed(1)), cars))
     assert errors[0] < 0.05
     assert errors == sorted(errors)
+
+
+def test_the_tiny_decoder_learns_what_the_autoencoder_makes_of_latents(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """Of latents that it never saw; its input is scaled, as the U-Net's output is."""
+    rng = torch.Generator().manual_seed(0)
+    latents = torch.randn(64, 4, 16, 16, generator=rng)
+    plan = Plan(steps=60, batch=4, lr=2e-3, warmup=5, ema=0.9)
+    tiny = train_taesd(pipe.vae, latents[:32], tmp_path, plan)
+    with torch.no_grad():
+        wanted = pipe.vae.decode(latents[32:40] / pipe.vae.config.scaling_factor).sample
+        found, untaught = (each.decode(latents[32:40]).sample for each in (tiny, new_taesd()))
+    assert off(found, wanted) < 0.6 * off(untaught, wanted)
+    assert (tmp_path / "taesd.pt").exists()
+
+
+def test_a_look_meets_pictures_mixtures_and_noise() -> None:
+    latents = torch.stack([torch.full((4, 16, 16), value) for value in (0.0, 1.0)])
+    drawn = surroundings(latents, 400, torch.Generator().manual_seed(0))
+    means = drawn.mean(dim=(1, 2, 3))
+    levels = drawn.std(dim=(1, 2, 3))
+    pure = ((means < 0.03) | (means > 0.97)).float().mean()
+    assert 0.5 < pure < 0.9
+    assert levels.min() < 0.01 < 0.2 < levels.max() < 1
 
 
 def test_clipseg_is_asked_what_bleeding_would_make_true() -> None:
@@ -112,3 +141,20 @@ def test_compiled_gradients_are_the_eager_ones() -> None:
             compiled[name], gradient, rtol=0.05, atol=0.02 * float(gradient.norm())
         )
         assert gradient.any(), name
+
+
+def test_what_is_said_as_often_as_it_is_true_has_no_calibration_error() -> None:
+    said = np.repeat([0.25, 0.75], 400)
+    true = np.tile([1.0, 0, 0, 0], 100).tolist() + np.tile([1.0, 1, 1, 0], 100).tolist()
+    honest = binned(said, np.array(true))
+    assert honest["error"] == 0
+    assert honest["mean"][2] == honest["frequency"][2] == 0.25
+    assert sum(honest["share"]) == 1
+    boastful = binned(np.where(said > 0.5, 0.95, 0.05), np.array(true))
+    assert boastful["error"] == pytest.approx(0.2)
+
+
+def test_a_look_sees_the_prediction_of_its_step() -> None:
+    steps = looked_at(Tempering())
+    assert list(steps) == [6, 15]
+    assert steps[6] > steps[15] > 0

@@ -126,6 +126,17 @@ def test_stable_diffusion_3_without_t5_is_its_own_pipelines_picture_to_the_bit()
     assert_bit_equal(pipe, BRIEF)
 
 
+@torch.no_grad()
+def test_xl_in_float16_is_decoded_in_float32_as_by_its_own_pipeline() -> None:
+    """Of a VAE whose float16 overflows, and which stays in it between pictures."""
+    pipe = tiny.stable_diffusion_xl()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.post_quant_conv.weight.mul_(1e5)
+    pipe.to(torch.float16)
+    assert_bit_equal(pipe, BRIEF)
+    assert pipe.vae.dtype is torch.float16
+
+
 @pytest.mark.parametrize("scheduler", ["euler", "unipc"])
 def test_a_shift_that_follows_the_size_is_the_pipelines(scheduler: str) -> None:
     pipe = tiny.stable_diffusion_3()

@@ -23,7 +23,8 @@ from PIL import Image
 
 import loaders
 from benchmarks.architecture import ORIGINALS, save
-from benchmarks.speed import MEMORY_GOAL, MODELS, alone, measure, verdict
+from benchmarks.engines import alone
+from benchmarks.speed import MEMORY_GOAL, MODELS, measure, verdict
 from families import family_of
 from loaders import load_pipeline
 from sampling import Sampler
@@ -68,7 +69,7 @@ def test_the_command_line_tempers_with_the_full_models(models: Path, tmp_path: P
     for name in ("tempered", "interrupted"):
         with Image.open(run / f"{name}.png") as image:
             assert image.size == (SIDE, SIDE)
-            assert np.asarray(image).std() > 1  # what is not finite is one colour
+            assert np.asarray(image).std() > 0  # what is not finite is one colour
     assert (run / "classes.png").is_file()
     assert (run / "sheet.png").is_file()
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -92,7 +93,9 @@ def test_the_plain_branch_is_diffusers_picture_to_the_bit(models: Path) -> None:
 def test_the_program_takes_hardly_more_memory_than_diffusers(models: Path) -> None:
     settings = Tempering(steps=2, stoptime=1, backsteps=1, rounds=1, height=512, width=512)
     variants = ("diffusers, bf16", "tempering")
-    theirs, ours = (alone(measure, variant, models, settings) for variant in variants)
+    # A peak is as high as the heap happens to be full of holes: the middle one of three.
+    runs = [[alone(measure, variant, models, settings) for variant in variants] for _ in range(3)]
+    theirs, ours = (sorted(each, key=lambda run: run.peak)[1] for each in zip(*runs, strict=True))
     assert ours.dtype == theirs.dtype == "bfloat16"  # what a processor that has it does by itself
     assert ours.peak <= MEMORY_GOAL * theirs.peak, verdict([theirs, ours])
 

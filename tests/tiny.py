@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
@@ -207,6 +208,18 @@ def vae(channels: int = 4, **more: Any) -> Any:
         latent_channels=channels,
         sample_size=SIDE,
         **more,
+    ).eval()
+
+
+def taesd(channels: int = 4) -> Any:
+    """A tiny decoder for the latents of `vae`."""
+    torch.manual_seed(1)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        decoder_block_out_channels=(8, 8),
+        num_decoder_blocks=(1, 1),
+        latent_channels=channels,
     ).eval()
 
 
