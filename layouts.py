@@ -6,8 +6,11 @@ Light to import: what is wrong with a layout is told before any model is loaded.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 from errors import InputError, one_line
 
@@ -22,6 +25,39 @@ class Box(NamedTuple):
     top: float
     right: float
     bottom: float
+
+    def covers(self, other: Box) -> bool:
+        """Whether nothing of `other` is outside of it."""
+        near = self.left <= other.left and self.top <= other.top
+        return near and other.right <= self.right and other.bottom <= self.bottom
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A map of labels: which subject each of its pixels belongs to, from 1; 0 to none."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def values(self) -> set[int]:
+        return {value for row in self.rows for value in row}
+
+
+def check(regions: tuple[Box, ...] | Labels | None, count: int) -> None:
+    """Raise InputError for regions that are not as many as `count` subjects, or lie hidden."""
+    if isinstance(regions, Labels):
+        if regions.values | {0} != set(range(count + 1)):
+            raise InputError(
+                f"a map of regions must have the values 1 to {count}, one a prompt, and 0 where "
+                f"none is to be, got {', '.join(map(str, sorted(regions.values)[:12]))}"
+            )
+    elif regions is not None:
+        if len(regions) != count:
+            raise InputError(f"regions must be as many as prompts, {count}, got {len(regions)}")
+        for number, box in enumerate(regions[:-1]):
+            if any(other.covers(box) for other in regions[number + 1 :]):
+                text = ",".join(f"{side:g}" for side in box)
+                raise InputError(f"a region must not be hidden by later ones, got {text}")
 
 
 def read_box(text: str) -> Box:
@@ -38,13 +74,36 @@ def read_box(text: str) -> Box:
     return box
 
 
-def is_map(texts: tuple[str, ...]) -> bool:
+def told(regions: tuple[Box, ...] | Labels | None) -> list[str] | None:
+    """Regions in a few words that are the same for the same regions."""
+    if isinstance(regions, Labels):
+        return [f"map {crc32(repr(regions.rows).encode()):08x}"]
+    if regions is None:
+        return None
+    return [",".join(f"{side:g}" for side in box) for box in regions]
+
+
+def read(texts: Sequence[str]) -> tuple[Box, ...] | Labels:
+    """Regions as they are typed: a box each, or the name of one map. Raises InputError."""
+    return (
+        read_labels(Path(texts[0]).expanduser()) if is_map(texts) else tuple(map(read_box, texts))
+    )
+
+
+def is_map(texts: Sequence[str]) -> bool:
     """Whether regions are told by a picture's name, and not by boxes."""
     return len(texts) == 1 and Path(texts[0]).suffix.lower() == ".png"
 
 
-def read_labels(file: Path, count: int) -> list[list[int]]:
-    """The rows of a map of labels: a grey or palette PNG, 0 for no subject, i for the i-th.
+def lasting(texts: Sequence[str] | None) -> list[str] | None:
+    """Regions as they are typed, so that they mean the same from another working directory."""
+    if texts and is_map(texts):
+        return [str(Path(texts[0]).expanduser().absolute())]
+    return texts and list(texts)
+
+
+def read_labels(file: Path) -> Labels:
+    """A map of labels: a grey or palette PNG, 0 for no subject, i for the i-th.
 
     Raises InputError.
     """
@@ -62,10 +121,5 @@ def read_labels(file: Path, count: int) -> list[list[int]]:
             f"regions must be boxes or a grey or palette PNG of at most {LARGEST} pixels a side, "
             f"got {file} ({one_line(error)})"
         ) from error
-    missing = sorted(set(range(1, count + 1)) - set(values))
-    if missing or max(values) > count:
-        raise InputError(
-            f"a map of labels must have the values 1 to {count}, one a prompt, and 0 where none is "
-            f"to be; {file} has {', '.join(map(str, sorted(set(values))[:12]))}"
-        )
-    return [values[i : i + width] for i in range(0, len(values), width)]
+    rows = range(0, len(values), width)
+    return Labels(tuple(tuple(values[i : i + width]) for i in rows))

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from layouts import Box
+from layouts import Box, Labels
 
 Size = tuple[int, int]  # height and width
 
@@ -92,18 +92,21 @@ def _stretch(count: int, size: Size, rows: int, turned: bool) -> float:
     return max(abs(math.log(width / length / (height / rows))) for length in _lengths(count, rows))
 
 
-def masks_of(boxes: Sequence[Box], size: Size) -> Tensor:
-    """The parts (C, 1, h, w) of the grid that `boxes` cover: 1 or 0; none is empty.
+def masks_of(regions: Sequence[Box] | Labels, count: int, size: Size) -> Tensor:
+    """The parts (C, 1, h, w) of the grid that `count` regions cover: 1 or 0.
 
     Where boxes overlap, the later one is in front.
     """
+    if isinstance(regions, Labels):
+        return masks_of_labels(torch.tensor(regions.rows), count, size)
+    boxes = regions
     height, width = size
     labels = torch.zeros(size, dtype=torch.int64)
     for number, box in enumerate(boxes, start=1):
         top, bottom = _span(box.top, box.bottom, height)
         left, right = _span(box.left, box.right, width)
         labels[top:bottom, left:right] = number
-    return masks_of_labels(labels, len(boxes), size)
+    return masks_of_labels(labels, count, size)
 
 
 def _span(low: float, high: float, length: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import calibration
+import layouts
 import outputs
 from budget import THRESHOLDS, Sample
 from calibration import NAMES, Origin
@@ -86,6 +87,7 @@ class Session:
         return {
             **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
             "early_look": settings.looks[0],
+            "regions": layouts.told(settings.regions),
             "preview": self.painter.sampler.preview_by,
             "model": self.model,
             "vae": shown(models.vae) if models.vae else None,

@@ -83,6 +83,7 @@ class Models:
         if settings.accept is not None and settings.early_accept is not None:
             return Energies(settings.early_accept, settings.accept)
         row = next(iter(development().values()))[:1]
+        settings = settings.of_subjects(len(row[0].nouns))
         painter = self.painter([Case(prompt, 0) for prompt in row], settings, kind=kind)
         walked_by = replace(settings, budget=max(WALKED, settings.budget))
         if settings.max_cost == DEFAULT_MOST * settings.budget:

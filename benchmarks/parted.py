@@ -25,7 +25,8 @@ from settings import Tempering
 
 def regions_of(case: Case, size: tuple[int, int]) -> Tensor:
     """The parts of the grid (C, 1, h, w) that a case's subjects are given."""
-    return masks_of(tiles(len(case.prompt.nouns), size, Random(case.seed)), size)
+    count = len(case.prompt.nouns)
+    return masks_of(tiles(count, size, Random(case.seed)), count, size)
 
 
 class MultiDiffusion(Sampler):

@@ -31,7 +31,7 @@ from budget import Energies
 from loaders import set_scheduler
 from sampling import Branch, unheard
 from settings import Tempering
-from tempering import Painter, Walk, begun
+from tempering import Painter, State, begun
 
 RESAMPLED = (0.2, 0.4, 0.6, 0.8)  # of the steps: where particles are looked at
 FROM, UP, DOWN = 0.89, 0.78, 0.81  # of the steps: where paths begin, and how far each goes
@@ -40,9 +40,9 @@ FROM, UP, DOWN = 0.89, 0.78, 0.81  # of the steps: where paths begin, and how fa
 class Reseeding(Painter):
     """Our looks and thresholds, but every round is a new seed: is going back worth anything?"""
 
-    def propose(self, walk: Walk, backsteps: int, generator: Generator) -> Branch:
-        branch = self.sampler.branch(walk.trunk.row, 0, generator)
-        noise = self.sampler.noise(self.sampler.shape, generator, walk.trunk.latents.dtype)
+    def propose(self, state: State, backsteps: int, generator: Generator) -> Branch:
+        branch = self.sampler.branch(state.branch.row, 0, generator)
+        noise = self.sampler.noise(self.sampler.shape, generator, state.branch.latents.dtype)
         branch.latents = noise * branch.scheduler.init_noise_sigma
         return branch
 
@@ -250,7 +250,7 @@ def rounds_from(
     trunk = painter.sampler.branch(0, settings.stoptime - 1, generator)
     trunk.latents = latents
     painter.sampler.denoise([trunk], settings.stoptime)
-    walk = begun(painter.examine([trunk], settings.stoptime)[0])
-    (branch,) = painter.anneal([walk], unheard)
-    image = paint(painter.sampler, [branch])[0]
+    walk = begun(trunk, painter.examine([trunk], settings.stoptime)[0])
+    painter.anneal([walk], unheard)
+    image = paint(painter.sampler, painter.finish([walk], unheard))[0]
     return Painted(image, spent + sum(each.evaluations for each in walk.branches))

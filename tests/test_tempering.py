@@ -26,7 +26,7 @@ from families import networks_of
 from loaders import FLOW_SCHEDULERS, OFFLOADS, load_pipeline, place
 from sampling import Sampler
 from segmentation import ClipSeg, View
-from tempering import Painter, State, Tempering, Walk, temper
+from tempering import Painter, State, Tempering, temper
 
 PROMPTS = ["a black dog", "a toy robot"]
 SEEDED = Tempering(steps=20, stoptime=15, backsteps=5, rounds=1)
@@ -136,7 +136,7 @@ def back_from(painter: Painter, x0: torch.Tensor, eps: torch.Tensor) -> Any:
     one = torch.zeros(1, 1)
     view = View(Image.new("RGB", (1, 1)), one[None], one.long(), one, torch.tensor([0.7]))
     state = State(painter.sampler.start([7])[0], 15, x0, eps, view)
-    return painter.propose(Walk(state, state, rng(2), [], []), 5, rng(2))
+    return painter.propose(state, 5, rng(2))
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def test_a_cycle_costs_30_unet_calls_with_the_default_parameters(
     pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     pictures: list[int] = []
-    reported: list[int] = []
+    reported: list[float] = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, args: pictures.append(len(args[0]) // 2))
     try:
         result = temper(
@@ -214,7 +214,7 @@ def test_the_bar_is_exact_for_every_scheduler(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     for compare in (False, True):
-        reported: list[int] = []
+        reported: list[float] = []
         temper(any_pipe, clipseg, PROMPTS, FEW, compare=compare, progress=reported.append)
         painter = Painter(any_pipe, clipseg, [PROMPTS], FEW)
         assert sum(reported) == painter.unet_calls(compare=compare)
@@ -299,7 +299,7 @@ def test_the_calls_of_all_rounds_are_counted_and_foretold(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     settings = replace(ROUNDS, candidates=2, cooling=0.5)
-    reported: list[int] = []
+    reported: list[float] = []
     with_hook: list[int] = []
     hook = any_pipe.unet.register_forward_pre_hook(
         lambda _, args: with_hook.append(len(args[0]) // 2)
@@ -340,7 +340,7 @@ def test_what_looks_bad_early_goes_no_further_before_the_rounds_are_over(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     settings = replace(EARLY, early_accept=0)
-    reported: list[int] = []
+    reported: list[float] = []
     result = temper(any_pipe, clipseg, PROMPTS, settings, seed=7, progress=reported.append)
     assert result.interrupted_at == result.kept_at == 3
     assert [each.step for each in result.rounds] == [3, 3, 3]
@@ -423,7 +423,7 @@ def test_every_family_is_annealed(
     own_pipe: DiffusionPipeline, clipseg: ClipSeg, preview: str
 ) -> None:
     settings = replace(EARLY, early_accept=1e9, width=48, height=32, preview=preview)
-    reported: list[int] = []
+    reported: list[float] = []
     result = temper(
         own_pipe, clipseg, PROMPTS, settings, seed=7, compare=True, progress=reported.append
     )
