@@ -99,7 +99,7 @@ def lasting(texts: Sequence[str] | None) -> list[str] | None:
     """Regions as they are typed, so that they mean the same from another working directory."""
     if texts and is_map(texts):
         return [str(Path(texts[0]).expanduser().absolute())]
-    return texts and list(texts)
+    return list(texts) if texts else None
 
 
 def read_labels(file: Path) -> Labels:

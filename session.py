@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from loaders import (
     scheduler_of,
 )
 from loras import Lora, locate, parsed
+from sampling import Progress
 from settings import VERSION, Request
 from tempering import Painter
 
@@ -308,6 +310,18 @@ def cuts(reader: Reader, prompts: Sequence[str]) -> Iterator[str]:
                 f"{name} reads {limit} tokens, this prompt has {len(ids)}; "
                 f"without effect: {textwrap.shorten(cut, LONGEST_CUT)!r}"
             )
+
+
+def in_whole_calls(update: Callable[[int], object]) -> Progress:
+    """What hears of evaluations as they come, for a bar that counts whole ones."""
+    done = 0.0
+
+    def report(calls: float) -> None:
+        nonlocal done
+        before, done = done, done + calls
+        update(math.floor(done) - math.floor(before))
+
+    return report
 
 
 def say(text: str) -> None:
