@@ -28,6 +28,7 @@ from settings import Tempering
 Look = Callable[[Sequence[Tensor], Sequence[int]], list[View]]  # at x0s, with their texts' rows
 # From this energy on a subject is not there at all: nothing of its cell is worth keeping.
 MISSING = 0.5
+KEPT = 0.5  # of the worst one's energy: what a subject of a joint picture has that keeps its place
 PLAIN = 0.65  # the grey of a ground that nothing paints, in -1..1: light, so that all stands out
 TAKEN = 0.1  # the probability of a subject, on average over a place, from which it has the place
 
@@ -179,17 +180,16 @@ class Mender:
             for branch in branches
         ]
 
-    def onto(
-        self, ground: Branch, x0: Tensor, view: View, good: float, generator: Generator
-    ) -> Mosaic:
+    def onto(self, ground: Branch, x0: Tensor, view: View, generator: Generator) -> Mosaic:
         """Of a joint picture, paused at a look at which it is `x0`, with cells for what it lacks.
 
-        A subject whose energy is `good` or less, and in any case the best one, keeps its place; the
-        others get what is free of a tile. There they are shown the ground as it is, but for the
-        subjects on it.
+        A subject that is less than half as bad as the worst, and in any case the best one, keeps
+        its place; the others get what is free of a tile. There they are shown the ground as it is,
+        but for the subjects on it.
         """
         size = (x0.shape[-2], x0.shape[-1])
-        found = [energy <= max(good, min(view.energies)) for energy in view.energies]
+        best, worst = min(view.energies), max(view.energies)
+        found = [energy <= max(best, KEPT * worst) for energy in view.energies]
         seen = F.adaptive_avg_pool2d(only(view), size)  # (C, h, w)
         masks = self.masks(generator)
         masks = masks[seats(seen, masks, found)]
@@ -313,21 +313,27 @@ class Mender:
 
     # --- How it is mended.
 
-    def failed(self, seen: Assembled, limits: Energies) -> list[int]:
-        """The numbers of its cells that do not show their subject well enough."""
-        least = limits.last if seen.step == self.settings.stoptime else limits.early
-        return [n for n in range(len(seen.mosaic.cells)) if seen.energy(n) > least]
+    def failed(self, seen: Assembled) -> list[int]:
+        """The numbers of the cells that go back next: the worst, and whatever is missing.
+
+        None where a subject is the worst that has no cell: nothing that is painted here changes
+        it. No threshold decides, so a walk goes the same way by whichever it ends.
+        """
+        energies = {number: seen.energy(number) for number in range(len(seen.mosaic.cells))}
+        worst = max(energies.values())
+        if worst < seen.view.energy:
+            return []
+        return [n for n, energy in energies.items() if energy == worst or energy > MISSING]
 
     def back_to(self, seen: Assembled, number: int, depth: int) -> int:
         """The step at which a cell begins again: a missing subject goes all the way back."""
         return 0 if seen.energy(number) > MISSING else max(0, seen.step - depth)
 
-    def trial(self, seen: Assembled, depth: int, limits: Energies, generator: Generator) -> Trial:
-        """The cells that have failed, begun again."""
-        begun = {
-            number: self.again(seen, number, depth, forked(generator))
-            for number in self.failed(seen, limits)
-        }
+    def trial(
+        self, seen: Assembled, numbers: Sequence[int], depth: int, generator: Generator
+    ) -> Trial:
+        """A mosaic with the cells of these `numbers` begun again."""
+        begun = {n: self.again(seen, n, depth, forked(generator)) for n in numbers}
         return Trial(seen, begun, set())
 
     def again(self, seen: Assembled, number: int, depth: int, generator: Generator) -> Branch:
@@ -354,13 +360,13 @@ class Mender:
         )
         return cell.region.window.of(gamma)
 
-    def price(self, seen: Assembled, depth: int, limits: Energies) -> float:
+    def price(self, seen: Assembled, depth: int) -> float:
         """What its next round can cost, in evaluations of whole pictures."""
         evaluations = self.joint.evaluations
         return self.settings.candidates * sum(
             seen.mosaic.cells[number].branch.share
             * evaluations(self.back_to(seen, number, depth), seen.step)
-            for number in self.failed(seen, limits)
+            for number in self.failed(seen)
         )
 
     def to_finish(self, seen: Assembled) -> float:
@@ -388,7 +394,7 @@ class Mender:
     ) -> list[Mended]:
         """A round: of each mosaic there are some trials, of which each cell takes the best.
 
-        A mosaic that was left at the early look goes on where none of its cells fails any more.
+        A mosaic that was left at the early look goes on where it looks good there by now.
         """
         self.attempt([trial for of_one in trials for trial in of_one], limits, report)
         taken = [
@@ -401,7 +407,8 @@ class Mender:
         for i, mosaic, view in zip(changed, mosaics, self.see(mosaics), strict=True):
             states[i] = Assembled(mosaic, states[i].step, view)
         stop = self.settings.stoptime
-        ready = [i for i in changed if states[i].step < stop and not self.failed(states[i], limits)]
+        early = [i for i in changed if states[i].step < stop]
+        ready = [i for i in early if states[i].view.energy <= limits.early]
         going = [states[i].mosaic for i in ready]
         self.denoise(going, stop, report)
         for i, state in zip(ready, self.examine(going, stop), strict=True):

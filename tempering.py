@@ -47,7 +47,6 @@ __all__ = ["Painter", "Result", "Tempering", "View", "temper"]
 DEFAULTS = Tempering()
 # Layout "auto": how many rounds a joint picture gets before what is missing in it gets a region.
 JOINT_ROUNDS = 2
-ALL = Energies(-math.inf, -math.inf)  # by which every cell has failed
 SMALLEST_WINDOW = 0.1  # of the picture's sides, for reckoning how many rounds there could be
 
 
@@ -242,7 +241,7 @@ class Painter:
         """What its next round paints then, and the walk's random stream after that."""
         assert isinstance(walk.kept, State), "it is in regions already"
         generator, kept = walk.generator.clone_state(), walk.kept
-        mosaic = self.mender.onto(kept.branch, kept.x0, kept.view, self.limits.last, generator)
+        mosaic = self.mender.onto(kept.branch, kept.x0, kept.view, generator)
         return mosaic, generator
 
     def sought(self, sample: Sample) -> Energies:
@@ -421,7 +420,8 @@ class Painter:
                 walk.branches.append(self.propose(walk.kept, depth, walk.generator))
                 walk.kept = replace(walk.kept, branch=walk.branches[-1])
             else:
-                trial = self.mender.trial(walk.kept, depth, ALL, walk.generator)
+                everything = range(len(walk.kept.mosaic.cells))
+                trial = self.mender.trial(walk.kept, everything, depth, walk.generator)
                 walk.branches += trial.begun.values()
                 walk.kept = replace(walk.kept, mosaic=walk.kept.mosaic.with_cells(trial.begun))
 
@@ -488,7 +488,10 @@ class Painter:
         depths = [self.depth(walk) for walk, _ in walks]
         generators = [walk.generator.clone_state() for walk, _ in walks]
         trials = [
-            [self.mender.trial(kept, depth, self.limits, generator) for _ in range(count)]
+            [
+                self.mender.trial(kept, self.mender.failed(kept), depth, generator)
+                for _ in range(count)
+            ]
             for (_, kept), depth, generator in zip(walks, depths, generators, strict=True)
         ]
         temperatures = [self.temperature(walk) for walk, _ in walks]
@@ -509,13 +512,10 @@ class Painter:
         return cooled_depth(self.settings.backsteps, self.settings.cooling, len(walk.rounds) + 1)
 
     def has_rounds(self, walk: Walk) -> bool:
-        """Whether there is a next one; going back by no step changes nothing.
-
-        Neither does a round of a mosaic in which a subject fails that has no cell.
-        """
+        """Whether there is a next one that changes anything: going back by no step does not."""
         if len(walk.rounds) >= self.rounds or self.depth(walk) == 0:
             return False
-        return isinstance(walk.kept, State) or bool(self.mender.failed(walk.kept, self.limits))
+        return isinstance(walk.kept, State) or bool(self.mender.failed(walk.kept))
 
     def may_go_on(self, walk: Walk) -> bool:
         """Whether there is a next round, and it can not take the picture past `max_cost`."""
@@ -572,7 +572,7 @@ class Painter:
         """What the picture can cost after a round so deep, whatever comes of it."""
         kept, end = walk.kept, self.settings.steps
         if isinstance(kept, Assembled):
-            price = self.mender.price(kept, backsteps, self.limits)
+            price = self.mender.price(kept, backsteps)
             return walk.spent + price + self.mender.to_finish(kept)
         if self.turns(walk):
             return walk.spent + self.mender.to_paint(self.turned(walk)[0], kept.step)
