@@ -124,6 +124,7 @@ def describe(
         "interrupted": {"step": result.interrupted_at, **seen_in(result.interrupted)},
         **({"kept": {"step": result.kept_at, **seen_in(result.kept)}} if result.kept else {}),
         "rounds": [asdict(each) for each in result.rounds],
+        "regions": [box and list(box) for box in result.regions],
         **{
             name: {
                 "metrics": picture_metrics(view.matrix.numpy()),

@@ -111,11 +111,11 @@ def read_labels(file: Path) -> Labels:
 
     try:
         with Image.open(file, formats=["PNG"]) as image:
-            if image.mode not in ("1", "L", "P"):
+            if image.mode not in ("L", "P"):
                 raise ValueError(f"its pixels are {image.mode}")
             if max(image.size) > LARGEST:
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
-            width, values = image.width, list(image.getdata())
+            width, values = image.width, image.tobytes()
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(
             f"regions must be boxes or a grey or palette PNG of at most {LARGEST} pixels a side, "

@@ -53,6 +53,14 @@ class Region:
         """Its part as the window shows it, (1, 1, height, width)."""
         return self.window.of(self.mask)
 
+    @property
+    def box(self) -> Box:
+        """The smallest that it fits into."""
+        top, bottom = extent(self.mask, -2)
+        left, right = extent(self.mask, -1)
+        height, width = self.mask.shape[-2:]
+        return Box(left / width, top / height, right / width, bottom / height)
+
     def without(self, taken: Tensor) -> Region:
         """The same but for what is `taken` (1, 1, h, w), unless nothing would be left."""
         left = self.mask * (1 - taken)
@@ -132,14 +140,19 @@ def window_of(mask: Tensor, least: float, multiple: int) -> Window:
     spans = []
     for dim in (-2, -1):
         length = mask.shape[dim]
-        there = mask[0, 0].amax(dim=-3 - dim).nonzero().flatten()
-        low, high = int(there.min()), int(there.max()) + 1
+        low, high = extent(mask, dim)
         side = multiple * math.ceil(max(high - low, least * length) / multiple)
         side = min(side, length)
         start = min(max(0, round((low + high - side) / 2)), length - side)
         spans.append((start, side))
     (top, height), (left, width) = spans
     return Window(top, left, height, width)
+
+
+def extent(mask: Tensor, dim: int) -> tuple[int, int]:
+    """From where to where a part (1, 1, h, w) goes along its height (-2) or its width (-1)."""
+    there = mask[0, 0].amax(dim=-3 - dim).nonzero().flatten()
+    return int(there.min()), int(there.max()) + 1
 
 
 def seats(seen: Tensor, masks: Tensor, found: Sequence[bool]) -> list[int]:

@@ -49,7 +49,9 @@ OF_A_ROUND = (
     "uncertainty",
     "background",
     "rounds",
+    "layout",
 )
+OF_REGIONS = ("window", "harmonise")
 OF_ROUNDS = (
     *THRESHOLDS,
     "budget",
@@ -139,6 +141,10 @@ class Session:
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.annealed else ()))
         values = {name: getattr(settings, name) for name in names}
         values |= {name: self.thresholds[name] for name in THRESHOLDS if name in names}
+        if settings.layout != "joint":
+            values |= {name: getattr(settings, name) for name in OF_REGIONS}
+            values["background_prompt"] = settings.background_prompt or None
+            values["regions"] = " ".join(layouts.told(settings.regions) or []) or None
         method = {f"Tempering {name}": value for name, value in values.items()}
         tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
         hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]

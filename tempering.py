@@ -37,6 +37,7 @@ from budget import (
 from calibration import pockets_own
 from errors import InputError, blaming
 from families import family_of
+from layouts import Box
 from mosaics import Assembled, Mender, Mosaic
 from sampling import Branch, Progress, Sampler, unheard
 from segmentation import ClipSeg, View, embed_prompts, segment, view_of
@@ -71,6 +72,7 @@ class Result:
     kept: View | None  # what it saw in what was kept; None for a single round: no look
     kept_at: int | None
     rounds: tuple[Round, ...]  # those that ran; empty for a single round
+    regions: tuple[Box | None, ...]  # where each subject was painted; None: by the joint prompt
     seed: int
     # U-Net evaluations; both halves of guidance count as one, a part of the picture as its share.
     unet_calls: float
@@ -231,11 +233,16 @@ class Painter:
         """U-Net evaluations of a picture that is painted in regions, without any round."""
         return self.mender.to_paint(self.mender.anew(0, self.mender.plain, torch.Generator()), 0)
 
+    @property
+    def may_turn(self) -> bool:
+        """Whether what is missing in a joint picture gets regions in the end."""
+        auto = self.settings.layout == "auto" and len(self.prompts[0]) > 1
+        return auto and self.settings.annealed and self.rounds > JOINT_ROUNDS
+
     def turns(self, walk: Walk) -> bool:
         """Whether its next round paints what is missing in regions: the joint prompt will not."""
-        settings = self.settings
-        able = settings.annealed and settings.layout == "auto" and len(self.prompts[0]) > 1
-        return able and isinstance(walk.kept, State) and len(walk.rounds) >= JOINT_ROUNDS
+        late = len(walk.rounds) >= JOINT_ROUNDS
+        return late and self.may_turn and isinstance(walk.kept, State)
 
     def turned(self, walk: Walk) -> tuple[Mosaic, torch.Generator]:
         """What its next round paints then, and the walk's random stream after that."""
@@ -310,6 +317,7 @@ class Painter:
                 kept=walk.kept.view if self.settings.annealed else None,
                 kept_at=walk.kept.step if self.settings.annealed else None,
                 rounds=tuple(walk.rounds),
+                regions=self.regions(walk),
                 seed=seed,
                 unet_calls=sum(each.cost for each in walk.branches),
                 tempered_calls=self.tempered_calls(walk),
@@ -597,6 +605,13 @@ class Painter:
         most = self.dearest(walk, self.depth(walk)) if self.has_rounds(walk) else None
         return Stop(kept.step == self.settings.stoptime, kept.view.energy, cost, most)
 
+    def regions(self, walk: Walk) -> tuple[Box | None, ...]:
+        """Where each subject of what is kept was painted, as the box around it."""
+        kept = walk.kept
+        cells = kept.mosaic.cells if isinstance(kept, Assembled) else ()
+        boxes = {cell.subject: cell.region.box for cell in cells}
+        return tuple(boxes.get(subject) for subject in range(len(self.prompts[0])))
+
     def tempered_calls(self, walk: Walk) -> float:
         """Evaluations that its finished picture has taken by itself."""
         kept = walk.kept
@@ -641,7 +656,7 @@ class Painter:
         With several rounds this is the most that it can take.
         """
         settings, evaluations = self.settings, self.evaluations
-        if self.apart:
+        if self.apart or self.may_turn:
             return self.most + self.plain_calls * compare
         early, stop, end = settings.looks[0], settings.stoptime, settings.steps
         to_stop, to_the_end = evaluations(0, stop), evaluations(0, end) - evaluations(0, stop)
