@@ -49,7 +49,7 @@ class Reseeding(Painter):
 
 def reseeded(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
     """Best of N with an early look: as HEaD (arXiv:2409.10597), and stopped by our thresholds."""
-    anew = replace(settings, backsteps=settings.stoptime)
+    anew = replace(settings, backsteps=settings.stoptime, layout="joint")
     return tempered(models, cases, anew, kind=Reseeding)
 
 
@@ -245,7 +245,7 @@ def rounds_from(
     spent: float,
 ) -> Painted:
     """A picture tempered from `latents` one step before `stoptime`; `spent` calls until there."""
-    painter = models.painter([case], settings, limits)
+    painter = models.painter([case], replace(settings, layout="joint"), limits)
     generator = Generator().manual_seed(case.seed + NEXT_CANDIDATE)
     trunk = painter.sampler.branch(0, settings.stoptime - 1, generator)
     trunk.latents = latents
