@@ -155,7 +155,8 @@ def test_the_same_command_twice_gives_the_same_bytes(picture: Done) -> None:
 def test_run_json_tells_of_the_run(picture: Done) -> None:
     run = picture.run
     flags = {action.dest for action in main.parser()._actions} - {"help", "version"}
-    assert set(run["arguments"]) == flags - {"debug", "output", "repeat", "resume", "update"}
+    of_the_call = {"calibration", "debug", "output", "repeat", "resume", "update"}
+    assert set(run["arguments"]) == flags - of_the_call
     told: Row = {"steps": 4, "stoptime": 3, "backsteps": 1, "k": 4, "cfg_rescale": 10, "seed": 2024}
     told |= {"prompts": ["a black dog", "a toy robot"], "compare": True, "tempered_inference": True}
     assert {name: run["arguments"][name] for name in told} == told
