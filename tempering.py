@@ -359,7 +359,7 @@ class Painter:
     # --- A sample, from which thresholds follow.
 
     def looks(self, watched: Watched) -> tuple[Stop, ...]:
-        """What a sample holds of a plain picture."""
+        """What a sample holds of a plain picture: rounds without the doubt of who has no sample."""
         calibrated = self.accepting(self.limits)
         return tuple(map(calibrated.stop, watched))
 

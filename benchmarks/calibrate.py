@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pictures", type=int, default=SAMPLE, metavar="N", help="a subset")
     args = parser.parse_args(argv)
+    if not 1 <= args.pictures <= SAMPLE:
+        parser.error(f"--pictures must be in 1..{SAMPLE}, got {args.pictures}")
     budget = f"--budget={BUDGETS[-1]}"
     words = ["--tempered_inference", "--model", "pocket", "--device", "cpu", "--offline", budget]
     session = open_session(to_request(parse(words)))

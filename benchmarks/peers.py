@@ -151,7 +151,7 @@ def depth_first(
     painter = models.painter(cases, settings, models.limits(settings))
     quarter = math.ceil(settings.steps / 4)
     best = painter.sampler.start(seeds(cases))
-    begun = [[branch] for branch in best]  # of each case
+    tried = [[branch] for branch in best]  # of each case
     for step, limit in zip(settings.looks, painter.limits, strict=True):
         lowest = [math.inf] * len(cases)
         going = dict(enumerate(best))
@@ -161,15 +161,15 @@ def depth_first(
             for i, state in zip(list(going), states, strict=True):
                 if state.view.energy < lowest[i]:
                     lowest[i], best[i] = state.view.energy, state.branch
-                if state.view.energy > limit and len(begun[i]) <= backtracks:
+                if state.view.energy > limit and len(tried[i]) <= backtracks:
                     going[i] = noisier(painter.sampler, state.branch, step, max(0, step - quarter))
-                    begun[i].append(going[i])
+                    tried[i].append(going[i])
                 else:
                     del going[i]
     images = paint(painter.sampler, best)
     return [
         Painted(image, sum(branch.evaluations for branch in branches))
-        for image, branches in zip(images, begun, strict=True)
+        for image, branches in zip(images, tried, strict=True)
     ]
 
 
@@ -188,19 +188,19 @@ def over_paths(
     for row, case in enumerate(cases):
         step = round(FROM * steps)
         first = [case.seed + number * NEXT_CANDIDATE for number in range(paths)]
-        kept = begun = sampler.start(first, [row] * paths)
+        kept = branches = sampler.start(first, [row] * paths)
         sampler.denoise(kept, step)
         for _ in range(times):
             up = max(0, step - round(UP * steps))
             tried = [noisier(sampler, each, step, up) for each in kept for _ in range(copies)]
             step = min(steps - 1, up + round(DOWN * steps))
-            begun = [*begun, *tried]
+            branches = [*branches, *tried]
             sampler.denoise(tried, step)
             states = sorted(painter.examine(tried, step), key=lambda state: state.view.energy)
             kept = [state.branch for state in states[:paths]]
         views = painter.look_twice(paint(sampler, kept), [row] * paths)
         image = min(views, key=lambda view: view.energy).image
-        painted.append(Painted(image, sum(branch.evaluations for branch in begun)))
+        painted.append(Painted(image, sum(branch.evaluations for branch in branches)))
     return painted
 
 

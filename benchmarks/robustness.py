@@ -4,8 +4,8 @@
 
 Under each condition: plain pictures, tempering with the thresholds that the budget has under the
 first condition ("fixed"), without a sample ("uncalibrated") and with one of the condition's own
-("calibrated"), on prompts and seeds that are not reported. Writes robustness.json and
-robustness.png to benchmarks/results, and prints a table.
+("calibrated"), on prompts and seeds that are neither reported nor in a sample. Writes
+robustness.json and robustness.png to benchmarks/results, and prints a table.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 import outputs
-from benchmarks.methods import Case, Method, Models, Painted, plain, tempered
+from benchmarks.methods import SAMPLE, Case, Method, Models, Painted, plain, tempered
 from benchmarks.prompts import development
-from benchmarks.quality import RESULTS, Row, column, drawn, judged
+from benchmarks.quality import RESULTS, SEEDS_A_SUBSET, Row, column, drawn, judged
 from benchmarks.roster import PLAIN, paying
 from comparison import markdown
 from loaders import SCHEDULERS, set_scheduler
@@ -132,7 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N")
     args = parser.parse_args(argv)
-    cases = drawn(development(), args.pictures, FIRST_SEED)
+    if not 1 <= args.pictures <= SEEDS_A_SUBSET:
+        parser.error(f"--pictures must be in 1..{SEEDS_A_SUBSET}, got {args.pictures}")
+    if args.processes < 1:
+        parser.error(f"--processes must be at least 1, got {args.processes}")
+    prompts = {subset: found[SAMPLE:] for subset, found in development().items()}
+    cases = drawn(prompts, args.pictures, FIRST_SEED)
     names = list(dict.fromkeys([USUAL, *args.conditions]))
     methods = {key: method for name in names for key, method in cells(name)}
     rows: dict[str, list[Row]] = {}

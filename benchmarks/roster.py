@@ -45,12 +45,14 @@ def paying(budget: float) -> Tempering:
     return replace(ANNEALED, budget=budget, max_cost=DEFAULT_MOST * budget)
 
 
+Roster = dict[str, Method]
+
+
 def named(name: str, method: Callable[[float], Method], budgets: Sequence[float]) -> Roster:
     """A method at several budgets."""
     return {f"{name}@{budget:g}x": method(budget) for budget in budgets}
 
 
-Roster = dict[str, Method]
 ROSTER: Roster = {
     PLAIN: partial(plain, settings=BARE),
     "ddim": partial(ddim, settings=BARE),

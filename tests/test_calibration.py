@@ -267,7 +267,7 @@ def test_no_picture_passes_the_cap_and_the_best_that_was_seen_is_finished(
     tmp_path: Path, most: float
 ) -> None:
     never = ("--accept", "0", "--early_accept", "0.5", "--max_cost", str(most))
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         found = call(*PAINT, *never, "--seed", seed, "--output", str(tmp_path))
         run = found.run
         assert run["unet_calls"] <= most * 4

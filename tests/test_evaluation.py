@@ -248,7 +248,7 @@ def test_the_command_of_the_page_makes_a_pair_again(whole: Done, tmp_path: Path)
 # --- Batches.
 
 
-@pytest.mark.parametrize("batch", [2, 4, 100])
+@pytest.mark.parametrize("batch", [2, 100])
 def test_a_picture_is_the_same_whatever_the_batch(
     batch: int, whole: Done, file: Path, tmp_path: Path
 ) -> None:
@@ -687,7 +687,7 @@ def test_judges_come_from_the_hub_and_judge_old_pictures(
     assert not [path for path in hub.downloads() if "not needed" in path or path.endswith(".bin")]
     text = (copied / "summary.md").read_text(encoding="utf-8")
     assert "how it agrees with people was not measured here" in text
-    again = process(["--resume", str(copied), "--offline"], env)  # nothing is left to judge
+    again = call("--resume", str(copied), "--offline")  # without their cache: all is judged
     assert again.code == 0, again.err
     assert summary(copied)["judges"] == found["judges"]
 
@@ -697,6 +697,7 @@ def test_owlv2_is_calibrated_on_pictures_of_single_subjects(hub: Hub, tmp_path: 
     path = tmp_path / "mine.txt"
     path.write_text(prompts.write(asked, ""), encoding="utf-8")
     words = ["--prompts_file", str(path), "--cycles", str(SINGLES // 4), "--judge", "owlv2"]
+    words += ["--steps", "2", "--stoptime", "1"]  # many pictures, whatever they show
     done = process([*FEW, *words, "--output", str(tmp_path)], hub.environment(tmp_path / "home"))
     assert done.code == 0, done.err
     records = Records(done.folder, asked, range(2024, 2024 + SINGLES // 4))

@@ -773,7 +773,7 @@ def test_ctrl_c_before_the_start_shows_no_traceback() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(name: str, tmp_path: Path) -> None:
     """What is raised in a finaliser is ignored by Python."""
     (tmp_path / "flow.py").write_text(
@@ -788,7 +788,8 @@ def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(name: str, tmp_p
     )
     words = [PAINT, "--output", str(tmp_path)]
     code = (
-        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(tmp_path)!r}]; import main;"
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(tmp_path)!r}]; import main, signal;"
+        f"signal.signal(signal.{name}, signal.SIG_DFL);"  # whatever this process was started by
         "main.MODULES['tempered_inference'] = 'flow'; main.heed_signals();"
         f"sys.exit(main.main({words!r}))"
     )

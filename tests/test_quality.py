@@ -165,7 +165,8 @@ def test_every_method_of_the_roster_starts_from_the_same_latents(
         return branches
 
     monkeypatch.setattr(Sampler, "start", recorded)
-    for name, method in ROSTER.items():
+    methods_of_all_budgets = {name.partition("@")[0]: method for name, method in ROSTER.items()}
+    for name, method in methods_of_all_budgets.items():
         if name.startswith(("attend_and_excite", "attend and excite")):
             continue
         given.clear()
