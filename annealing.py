@@ -4,7 +4,7 @@
 |--------|-------------|------------------------------------------------------------------------|
 | u      | uncertainty | of a class or of a pixel, -log(p (1 - q)) (segmentation.py)            |
 | gamma  | gamma       | share of fresh noise in eps, per pixel: 1 - exp(-k u)                  |
-| E      | energy      | of a picture: its worst class's lack of pure pixels (segmentation.py)  |
+| E      | energy      | of a picture: what its worst class lacks to stand out (segmentation.py)|
 | T      | temperature | what an increase of the energy may cost and still be kept now and then |
 | b      | backsteps   | how many steps a round goes back: its depth                            |
 

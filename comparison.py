@@ -44,7 +44,9 @@ class Cost:
 
     plain: float
     tempered: float  # mean
+    tempered_median: float
     tempered_p95: float  # 95th percentile
+    tempered_most: float
 
     @property
     def times(self) -> float:
@@ -128,8 +130,8 @@ def cost_of(pairs: Sequence[Pair]) -> Cost | None:
     tempered = [pair.tempered_calls for pair in pairs if pair.tempered_calls is not None]
     if not len(plain) == len(tempered) == len(pairs):
         return None
-    p95 = float(np.percentile(tempered, 95))
-    return Cost(float(np.mean(plain)), float(np.mean(tempered)), p95)
+    median, p95, most = np.percentile(tempered, [50, 95, 100]).tolist()
+    return Cost(float(np.mean(plain)), float(np.mean(tempered)), median, p95, most)
 
 
 # --- For the reader.
@@ -267,15 +269,19 @@ def cost_table(comparisons: Sequence[Comparison], seconds: Mapping[str, float]) 
     rows = []
     for each in comparisons:
         cost = each.cost
-        calls = [UNDEFINED] * 4
+        calls = [UNDEFINED] * 6
         if cost:
-            calls = [f"{cost.plain:.1f}", f"{cost.tempered:.1f}", f"{cost.tempered_p95:.0f}"]
+            spread = cost.tempered_median, cost.tempered_p95, cost.tempered_most
+            calls = [f"{cost.plain:.1f}", f"{cost.tempered:.1f}", *(f"{n:.0f}" for n in spread)]
             calls.append(f"{cost.times:.2f}")
         taken = seconds.get(each.subset)
         rows.append((each.subset, *calls, UNDEFINED if taken is None else f"{taken:.2f}"))
     return Table(
         "cost: U-Net calls of a picture, seconds of a pair",
-        ("subset", "plain", "tempered", "95th percentile", "tempered / plain", "s"),
+        (
+            *("subset", "plain", "tempered", "median", "95th percentile", "most"),
+            *("tempered / plain", "s"),
+        ),
         tuple(rows),
     )
 

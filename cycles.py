@@ -8,18 +8,21 @@ as it lives: a kill ends it, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+import calibration
 import outputs
-from errors import ResourceError, one_line
+from budget import Stop
+from errors import InputError, ResourceError, one_line
 from prompts import Prompt
 
 Row = dict[str, Any]
@@ -29,6 +32,7 @@ FIGURES = ("ppv", "npv", "js")
 OTHER_CALLS = ("plain_calls", "tempered_calls")  # which not all rows tell of
 MOST = 2**53  # no number of a row is as large: float64 holds smaller ones exactly
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"  # the last chunk, whose frame Pillow does not look at
+SAMPLE = 128  # of the plain pictures, whose energies tell what the budget pays for
 TAKEN = "another run paints cycles in this folder: wait for its end, or end it first"
 
 
@@ -87,6 +91,37 @@ class Records:
         """Whether both pictures are there; whoever painted them knows whether they are sound."""
         return all(self.picture_file(key, name).is_file() for name in PICTURES)
 
+    @property
+    def sample(self) -> list[Key]:
+        """The cycles whose plain pictures tell which energies there are, from all over the plan."""
+        count = min(len(self.keys), SAMPLE)
+        return [self.keys[i * len(self.keys) // count] for i in range(count)]
+
+    def energies_file(self, rank: int) -> Path:
+        """Where the process of this rank keeps the energies of the sample, and how it walks."""
+        return self.folder / f"energies{suffix(rank)}.jsonl"
+
+    def energies(self) -> dict[Key, tuple[Stop, ...]]:
+        """The plain pictures of the sample at each look; of one that two have seen, the first."""
+        found: dict[Key, tuple[Stop, ...]] = {}
+        for row in self._energies_rows():
+            with suppress(InputError, KeyError, TypeError):
+                found.setdefault(key_of(row), tuple(map(calibration.stop, row["looks"])))
+        return found
+
+    def stops(self) -> dict[Key, tuple[Stop, ...]]:
+        """Where pictures of the sample stood after round 1, 2, ..., as far as that is known."""
+        found: dict[Key, dict[int, Stop]] = {}
+        for row in self._energies_rows():
+            with suppress(InputError, KeyError, TypeError):
+                rounds = found.setdefault(key_of(row), {})
+                rounds.setdefault(row["round"], calibration.stop(row["stop"]))
+        return {key: tuple(in_order(rounds)) for key, rounds in found.items()}
+
+    def _energies_rows(self) -> Iterator[Row]:
+        for file in _files(self.folder, "energies"):
+            yield from outputs.each_json_line(file)
+
     def notes_file(self, judge: str, rank: int) -> Path:
         """Where the process of this rank keeps what a judge notes."""
         return self.folder / f"notes-{judge}{suffix(rank)}.jsonl"
@@ -95,6 +130,11 @@ class Records:
         """What a judge noted of cycles (with their keys) and of single subjects."""
         for file in _files(self.folder, f"notes-{judge}"):
             yield from outputs.each_json_line(file)
+
+
+def in_order(rounds: Mapping[int, Stop]) -> Iterator[Stop]:
+    """Round 1, 2, ... up to the first that is missing."""
+    return (rounds[number] for number in takewhile(rounds.__contains__, count(1)))
 
 
 def suffix(rank: int) -> str:

@@ -24,16 +24,18 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+import calibration
 import cycles
 import judging
 import outputs
 import prompts
+from calibrating import take_sample
 from cycles import PICTURES, Key, Records, Row
 from errors import InputError, TemperingError, one_line
 from judging import NoteKey, Single
 from loaders import load_judge, pick_device
 from memory import free_memory
-from painting import Batch, paint, plain
+from painting import Batch, OnTheWay, paint, plain
 from session import Session, open_session, say
 from settings import FREE_ON_RESUME, JUDGES, Request
 from summary import metrics, summarise
@@ -98,7 +100,7 @@ def run(request: Request) -> None:
                     text = prompts.write(request.prompt_set, request.settings.joiner)
                     outputs.save_text(records.folder / prompts.KEPT, text)
             names = judging.chosen(request, facts["model"])
-            paint_all(models, records, rank, mine)
+            facts = {**facts, "thresholds": paint_all(models, records, rank, mine, facts)}
             alone = judging.singles(records, names)
             paint_singles(models, alone[share])
             models.close()
@@ -249,16 +251,33 @@ def made_by(session: Session) -> Row:
 # --- Painting and judging.
 
 
-def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key]) -> None:
-    """Paint this process's cycles; a row each, as it finishes."""
+def paint_all(models: Models, records: Records, rank: int, mine: Sequence[Key], facts: Row) -> Row:
+    """Paint this process's cycles; a row each, as it finishes. The thresholds of all of them."""
     if not mine:
-        return
+        return facts.get("thresholds", {})
     session = models.open()
-    origin = made_by(session)
     batch = Batch(models.request.batch, session.painter.sampler.family.device)
-    for row in paint(session, records, mine, batch):
+    begun: dict[Key, OnTheWay] = {}
+    if needs_sample(session, records):
+        sample, begun = take_sample(session, records, rank, mine, batch)
+        session = session.calibrated(sample)
+    thresholds = session.thresholds
+    if rank == 0 and thresholds != facts.get("thresholds"):
+        outputs.save_json(records.folder / "run.json", {**facts, "thresholds": thresholds})
+    origin = made_by(session)
+    for row in paint(session, records, mine, batch, begun):
         outputs.append_json_line(records.rows_file(rank), {**row, **origin})
         tqdm.write(cycle_line(row))
+    return thresholds
+
+
+def needs_sample(session: Session, records: Records) -> bool:
+    """Whether an evaluation must find its own thresholds, and has the pictures for it."""
+    request, settings = session.request, session.painter.settings
+    given = request.limits or request.calibration
+    by_hand = None not in (request.settings.accept, request.settings.early_accept)
+    enough = len(records.keys) >= calibration.FEWEST
+    return settings.annealed and enough and not given and not by_hand
 
 
 def paint_singles(models: Models, alone: Sequence[Single]) -> None:

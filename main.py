@@ -30,15 +30,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+import calibration
 import hub
 import kinds
 import loaders
 import loras
 import prompts
+from budget import THRESHOLDS, Energies
 from errors import InputError, ResourceError, TemperingError, importing, memory_errors
 from outputs import check_writable, encodable, read_json
 from settings import (
+    AUTO,
     BACKENDS,
+    DEFAULT_MOST,
     DEFAULT_STEPS,
     DEFAULT_WAY,
     FREE_ON_RESUME,
@@ -61,7 +65,9 @@ MODULES = {"tempered_inference": "inference", "evaluate": "evaluation"}
 INIT = Path(__file__).with_name("init.py")
 PROMPTS = ("a black dog", "a toy robot")
 # What a flag says about this call, not the picture: neither kept in run.json nor taken from one.
-OF_THE_CALL = ("debug", "output", "repeat", "resume", "update")
+OF_THE_CALL = ("calibration", "debug", "output", "repeat", "resume", "update")
+# A repeated run keeps the thresholds that it had, unless one of these is given.
+OF_THRESHOLDS = ("budget", "calibration")
 EXAMPLES = """\
 examples:
   python init.py --tempered_inference
@@ -92,7 +98,7 @@ OF_STEPS = f"of {DEFAULT_STEPS} steps, of others as large a share"
 DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
     **asdict(Models()),
-    **dict.fromkeys(DEFAULT_WAY),
+    **dict.fromkeys((*DEFAULT_WAY, "max_cost")),
     "prompts": None,
     "prompts_file": None,
     "lora": [],
@@ -139,8 +145,31 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         ),
         "background": (X, "uncertainty of pixels of no class, in the worst class's, 0..1"),
         "cfg_rescale": (X, "fresh noise in tenths of what the schedule expects"),
-        "rounds": (N, "times to go back, look again and keep the better; 1 does not look again"),
-        "accept": (X, "with rounds: an energy that is low enough to stop at"),
+        "budget": (
+            X,
+            "what a picture may cost on average, in plain pictures: how good is good enough "
+            "follows from it",
+        ),
+        "max_cost": (
+            X,
+            "what no picture passes, in plain pictures: no round begins that could (default: "
+            f"{DEFAULT_MOST} times the budget)",
+        ),
+        "calibration": (
+            {**FOLDER, "metavar": "FOLDER_OR_FILE"},
+            "an evaluation of the same model, CLIPSeg and sampler, or its calibration.json: its "
+            "energies turn the budget into thresholds",
+        ),
+        "rounds": (
+            N,
+            "times to go back, look again and keep the better; 1 does not look again (default: as "
+            "many as --max_cost pays for)",
+        ),
+        "accept": (
+            X,
+            "with rounds: an energy that is low enough to stop at (default: what the budget pays "
+            "for)",
+        ),
         "early_look": (
             N,
             "with rounds: look after this many steps, too; 0 does not "
@@ -148,7 +177,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         ),
         "early_accept": (
             X,
-            "with rounds: above this energy a picture goes no further than the early look",
+            "with rounds: above this energy a picture goes no further than the early look "
+            "(default: what the budget pays for)",
         ),
         "temperature": (X, "with rounds: makes keeping a worse picture likelier; 0 never"),
         "cooling": (X, "with rounds: each goes back so many times as far as the one before, 0..1"),
@@ -159,6 +189,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
             "3.5: 4.5)",
         ),
         "look_guidance": (X, "guidance of the picture that CLIPSeg is shown"),
+        "mirror": (
+            {**EITHER, "default": True},
+            "with rounds: CLIPSeg sees the mirror image, too, and the worse of both counts "
+            "(default: on)",
+        ),
         "threshold": (P, "a pixel below this probability belongs to no class"),
         "preview": (
             {"choices": PREVIEWS},
@@ -340,12 +375,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     given = {name: value for name, value in typed.items() if value is not None}
     check_working_directory()
     stored: Arguments = {}
+    limits: Energies | None = None
     if "repeat" in given and "resume" in given:
         raise InputError("--repeat and --resume exclude each other, got both")
     if "repeat" in given:
         stored = follow_steps(stored_arguments(given["repeat"]), given)
+        if given.keys().isdisjoint(OF_THRESHOLDS):
+            limits = stored_limits(given["repeat"])
     if "resume" in given:
         stored = resumed_arguments(given["resume"], given)
+        limits = stored_limits(given["resume"] / "run.json") if stored else None
         given = {**given, "judge": more_judges(stored.get("judge"), given.get("judge"))}
     blind = "resume" in given and not stored
     if not given.keys().isdisjoint(FLOWS):
@@ -355,7 +394,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for one, other in (("prompts", "prompts_file"), ("prompts_file", "prompts")):
         if one in given:
             stored = {**stored, other: None}
-    return argparse.Namespace(**{**whole, **stored, **given}, blind=blind)
+    return argparse.Namespace(**{**whole, **stored, **given}, blind=blind, limits=limits)
 
 
 def check_working_directory() -> None:
@@ -382,6 +421,25 @@ def stored_arguments(path: Path) -> Arguments:
         raise InputError(f"needs the run.json of an earlier run, got {path}: {error}") from error
 
 
+def stored_limits(path: Path) -> Energies | None:
+    """The thresholds that an earlier run was given by a sample, from its run.json; else None."""
+    stored = read_json(path).get("thresholds")
+    reader = parser()
+    try:
+        if not isinstance(stored, dict) or stored.get("calibrated") is not True:
+            return None
+        found = [stored.get(name) for name in THRESHOLDS]
+        if None in found:
+            return None
+        last, early = (
+            as_typed(reader, name, value) for name, value in zip(THRESHOLDS, found, strict=True)
+        )
+        Tempering(accept=last, early_accept=early)
+    except InputError as error:
+        raise InputError(f"needs the run.json of an earlier run, got {path}: {error}") from error
+    return Energies(early=early, last=last)
+
+
 def as_typed(reader: Parser, name: str, value: object) -> Any:
     """A stored value as its flag would give it. Raises InputError for what it would not take."""
     options = OPTIONS[name]
@@ -405,7 +463,12 @@ def as_typed(reader: Parser, name: str, value: object) -> Any:
 
 
 def follow_steps(stored: Arguments, given: Arguments) -> Arguments:
-    """The stored flags; where other steps are given, those that follow them keep their share."""
+    """The stored flags; where other steps are given, those that follow them keep their share.
+
+    What follows from the budget does not outlive another one.
+    """
+    if "budget" in given:
+        stored = {**stored, "max_cost": None}
     before, now = stored.get("steps"), given.get("steps")
     if not (before and now):
         return stored
@@ -488,12 +551,28 @@ def to_request(args: argparse.Namespace) -> Request:
         set_name=encodable(Path(args.prompts_file).stem) if asked else None,
         batch=args.batch,
         judges=None if args.judge is None else tuple(args.judge),
+        calibration=args.calibration,
+        limits=args.limits,
         resume=args.resume,
         blind=args.blind,
     )
     check_models(request.models, settings)
+    if args.calibration:
+        calibration.load(args.calibration).check(known_origin(request), args.calibration)
     check_writable(args.resume or args.output)
     return request
+
+
+def known_origin(request: Request) -> calibration.Origin:
+    """What can be told of a run's energies before its models are loaded."""
+    settings = asdict(request.settings)
+    names = settings.keys() & calibration.NAMES.keys()
+    of_the_model = {n for n in ("guidance_scale", "height", "width") if settings[n] is None}
+    of_the_model |= {"preview"} if settings["preview"] == AUTO else set()
+    found = {name: settings[name] for name in names - of_the_model}
+    if request.models.scheduler is not None:
+        found["scheduler"] = loaders.scheduler_name(request.models.scheduler)
+    return {**found, "early_look": request.settings.looks[0]}
 
 
 def asked_set(args: argparse.Namespace) -> tuple[prompts.Prompt, ...]:

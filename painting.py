@@ -7,10 +7,10 @@ so its text is encoded once.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -22,11 +22,30 @@ from errors import ResourceError, memory_errors
 from memory import free_memory
 from metrics import picture_metrics
 from session import Session
-from tempering import Painter, Result, View
+from tempering import Painter, Result, View, Walk, Watched
 
+Made = TypeVar("Made")
+Cycles = Sequence[tuple[int, int]]  # of each the row of its text in a painter, and its seed
+Making = Callable[[Sequence[int], Sequence[int]], list[Made]]  # of rows and seeds, of each a thing
 PROMPTS = 16  # whose text is in memory at once
 MOST = 32  # pictures of a batch that is chosen by free memory: a GPU is busy with far fewer
 SHARE = 0.8  # of the free memory that they may take
+
+
+class OnTheWay(NamedTuple):
+    """A picture on its way."""
+
+    painter: Painter  # the one that has begun it
+    walk: Walk
+
+
+class Work(NamedTuple):
+    """Cycles that can share batches."""
+
+    painter: Painter
+    keys: list[Key]
+    cycles: list[tuple[int, int]]  # the same as `Cycles`
+    walks: list[Walk] | None  # where they have begun
 
 
 class Batch:
@@ -43,16 +62,30 @@ class Batch:
         memory = getattr(torch, device.type, None)
         self._memory = memory if asked is None and hasattr(memory, "mem_get_info") else None
 
-    def paint(self, painter: Painter, cycles: Sequence[tuple[int, int]], bar: tqdm) -> list[Result]:
-        """The first of `cycles`, each a row of the painter and a seed: as many as fit.
+    def paint(
+        self, painter: Painter, cycles: Cycles, bar: tqdm, walks: Sequence[Walk] | None = None
+    ) -> list[Result]:
+        """The first of `cycles`: as many as fit. `walks` holds those that have begun, or is None.
 
         Raises ResourceError where there is not the memory for one.
         """
+
+        def work(rows: Sequence[int], seeds: Sequence[int]) -> list[Result]:
+            begun = walks and walks[: len(seeds)]
+            return painter.temper(seeds, rows=rows, compare=True, walks=begun, progress=bar.update)
+
+        return self._first(cycles, work)
+
+    def watch(self, painter: Painter, cycles: Cycles) -> list[Watched]:
+        """The plain pictures of the first of `cycles` up to their last look, likewise."""
+        return self._first(cycles, lambda rows, seeds: painter.watch(seeds, rows=rows))
+
+    def _first(self, cycles: Cycles, work: Making[Made]) -> list[Made]:
         while True:
             part = cycles[: self.size]
             try:
                 with memory_errors():
-                    return self._measured(painter, part, bar)
+                    return self._measured(part, work)
             except ResourceError:
                 if len(part) == 1:
                     raise
@@ -60,22 +93,20 @@ class Batch:
                 self._memory = None
             free_memory(self.device)
 
-    def _measured(
-        self, painter: Painter, part: Sequence[tuple[int, int]], bar: tqdm
-    ) -> list[Result]:
+    def _measured(self, part: Cycles, work: Making[Made]) -> list[Made]:
         memory = self._memory
         before = 0
         if memory:
             memory.reset_peak_memory_stats(self.device)
             before = memory.memory_allocated(self.device)
         rows, seeds = zip(*part, strict=True)
-        results = painter.temper(seeds, rows=rows, compare=True, progress=bar.update)
+        made = work(rows, seeds)
         if memory:
             taken = memory.max_memory_allocated(self.device) - before
             free_memory(self.device)
             self.size = fitting(memory.mem_get_info(self.device)[0], taken)
             self._memory = None
-        return results
+        return made
 
 
 def fitting(free: int, taken: int) -> int:
@@ -83,34 +114,67 @@ def fitting(free: int, taken: int) -> int:
     return max(1, min(MOST, int(SHARE * free / max(1, taken))))
 
 
-def paint(session: Session, records: Records, mine: Sequence[Key], batch: Batch) -> Iterator[Row]:
+def paint(
+    session: Session,
+    records: Records,
+    mine: Sequence[Key],
+    batch: Batch,
+    begun: dict[Key, OnTheWay],
+) -> Iterator[Row]:
     """Paint cycles plain and tempered from one shared prefix; yields a row a cycle.
 
-    Its pictures are on disk by then. The bar is over U-Net calls; how many there will be is known
-    from the cycles that are finished.
+    Its pictures are on disk by then. Those in `begun` come first, and leave it. The bar is over
+    U-Net calls; how many there will be is known from the cycles that are finished.
     """
     finished = 0
+    fresh = [key for key in mine if key not in begun]
     with tqdm(desc="U-Net", unit="call", disable=None) as bar:
-        for group in groups(records, mine):
-            numbers = list(dict.fromkeys(number for number, _ in group))
-            prompts = [records.prompts[number - 1] for number in numbers]
-            painter = session.painter_of([each.subjects for each in prompts], prompts[0].joiner)
-            waiting = [(numbers.index(number), seed) for number, seed in group]
+        for painter, group, waiting, walks in chain(
+            taken_up(session, begun), fresh_work(session, records, fresh)
+        ):
             while waiting:
-                begun = time.perf_counter()
-                results = batch.paint(painter, waiting, bar)
-                done, waiting = waiting[: len(results)], waiting[len(results) :]
-                keys = [(numbers[row], seed) for row, seed in done]
+                started = time.perf_counter()
+                results = batch.paint(painter, waiting, bar, walks)
+                size = len(results)
+                done, waiting = waiting[:size], waiting[size:]
+                keys, group = group[:size], group[size:]
+                walks = walks and walks[size:]
                 views = [
                     looks(painter, row, each) for (row, _), each in zip(done, results, strict=True)
                 ]
                 for key, seen in zip(keys, views, strict=True):
                     save(session, records, key, seen)
-                finished += len(done)
+                finished += size
                 bar.total = round(bar.n / finished * len(mine))
-                seconds = (time.perf_counter() - begun) / len(done)
+                seconds = (time.perf_counter() - started) / size
                 for key, result, seen in zip(keys, results, views, strict=True):
                     yield row_of(records, key, result, seen, seconds)
+
+
+def fresh_work(session: Session, records: Records, keys: Sequence[Key]) -> Iterator[Work]:
+    """Cycles of which nothing is there, with a painter for each part."""
+    for group in groups(records, keys):
+        painter, waiting = painter_of(session, records, group)
+        yield Work(painter, group, waiting, None)
+
+
+def taken_up(session: Session, begun: dict[Key, OnTheWay]) -> Iterator[Work]:
+    """Cycles that have begun, with the painters that have begun them; they leave `begun`."""
+    for painter, of_painter in groupby(list(begun), lambda key: begun[key].painter):
+        group = list(of_painter)
+        walks = [begun.pop(key).walk for key in group]
+        waiting = [(walk.trunk.row, seed) for walk, (_, seed) in zip(walks, group, strict=True)]
+        yield Work(painter.accepting(session.painter.limits), group, waiting, walks)
+
+
+def painter_of(
+    session: Session, records: Records, group: Sequence[Key]
+) -> tuple[Painter, list[tuple[int, int]]]:
+    """A painter of a group's prompts, and its cycles: of each the row of its text, and its seed."""
+    numbers = list(dict.fromkeys(number for number, _ in group))
+    prompts = [records.prompts[number - 1] for number in numbers]
+    painter = session.painter_of([each.subjects for each in prompts], prompts[0].joiner)
+    return painter, [(numbers.index(number), seed) for number, seed in group]
 
 
 def groups(records: Records, keys: Sequence[Key]) -> Iterator[list[Key]]:

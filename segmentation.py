@@ -8,7 +8,7 @@
 | p_i    | M[i, i], how confident class i is on its own pixels                         |
 | q_i    | mean of M[i, j] over j != i, how much the others shine through class i      |
 | u_i    | uncertainty of class i, -log(p_i (1 - q_i))                                 |
-| E      | energy of the picture, from its purest pixels (`energy`)                    |
+| E      | energy of the picture: what its worst class lacks to stand out (`energy`)   |
 
 CLIPSeg: Lueddecke & Ecker 2022, arXiv:2112.10003.
 """
@@ -34,6 +34,11 @@ NONE = -1  # the label of a pixel that belongs to no class
 SMALLEST = 1e-6
 # The share of a picture's pixels that must show a class for it to be there: the smallest subjects.
 PUREST = 0.03
+# The share of them that shows no subject at all: what a class has there is its floor.
+EMPTY = 0.2
+# How much a class is measured by its own height, and not by the strongest's: by its own alone it is
+# found in every picture, by the strongest's alone a class that CLIPSeg sees weakly in none.
+OWN = 0.75
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,16 @@ class View:
     labels: Tensor  # (H, W) int64, the class of each pixel, -1 for none
     matrix: Tensor  # (C, C) float64, the class matrix
     uncertainty: Tensor  # (C,) float64
+    mirrored: Tensor | None = None  # probabilities in the mirror image, where that was looked at
 
     @cached_property
     def energy(self) -> float:
-        """How far the picture is from showing every class, confident and pure, 0..13.8."""
-        return energy(self.probabilities)
+        """How far the picture is from showing every class by itself, 0..2.
+
+        The worse of picture and mirror image: what only one of them shows, is hardly there.
+        """
+        seen = self.probabilities, self.mirrored
+        return max(energy(each) for each in seen if each is not None)
 
 
 @torch.no_grad()
@@ -146,18 +156,29 @@ def uncertainty(matrix: Tensor) -> Tensor:
 
 
 def energy(probabilities: Tensor) -> float:
-    """Energy of a picture, 0..13.8, from `probabilities` (C, H, W) in 0..1: its worst class counts.
+    """Energy of a picture, 0..2, from `probabilities` (C, H, W) in 0..1: its worst class counts.
 
-    E = max over i of -log(mean of s_i over its purest pixels), with s_i = p_i prod(1 - p_j), the
-    probability that a pixel shows class i and no other. The purest are the `PUREST` share of all
-    pixels that have the highest s_i: what a small subject covers. Unlike u_i it asks for no
-    threshold, and a class that is faintly everywhere does not pass for one that is there.
+    E = 1 - min over i of the mean of s_i - max(0, s_j) over the purest pixels, j the strongest of
+    the others there: 0 where every class stands out by itself, 1 where one does not at all. s_i is
+    the logit of p_i above its floor, what class i has on the emptiest pixels, in units of how high
+    it rises and (a little, see `OWN`) of how high the strongest class does. The purest are the
+    `PUREST` share of all pixels: what a small subject covers.
+
+    So classes compete with each other, not with a number: E is the same for every a * logit + b and
+    for every bias of a class. A single class has nothing to compete with: its energy is 0.
     """
-    p = probabilities.double()
-    count = max(1, round(PUREST * p[0].numel()))
-    absent = 1 - p
-    alone = torch.stack(
-        [p[i] * absent[:i].prod(dim=0) * absent[i + 1 :].prod(dim=0) for i in range(len(p))]
-    )  # (C, H, W)
-    evidence = alone.flatten(1).topk(count, dim=1).values.mean(dim=1)  # (C,)
-    return float(-evidence.min().clamp(min=SMALLEST).log())
+    logits = probabilities.double().logit(eps=SMALLEST).flatten(1)  # (C, H * W)
+    count, empty = (max(1, round(share * logits.shape[1])) for share in (PUREST, EMPTY))
+    rises = logits - logits.kthvalue(empty, dim=1, keepdim=True).values
+    heights = purest(rises, count).clamp(min=SMALLEST)  # (C,)
+    scores = rises / (heights**OWN * heights.max() ** (1 - OWN))[:, None]
+    alone = [
+        scores[i] - torch.cat([scores[:i], scores[i + 1 :]]).amax(dim=0).clamp(min=0)
+        for i in range(len(scores) if len(scores) > 1 else 0)
+    ]
+    return max(0.0, float(1 - purest(torch.stack(alone), count).min())) if alone else 0.0
+
+
+def purest(values: Tensor, count: int) -> Tensor:
+    """The mean (C,) of the `count` highest of each row of `values` (C, H * W)."""
+    return values.topk(count, dim=1).values.mean(dim=1)

@@ -11,7 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import calibration
 import outputs
+from budget import THRESHOLDS, Sample
+from calibration import NAMES, Origin
 from errors import blaming
 from families import Reader, family_of
 from hub import POCKET
@@ -44,7 +47,14 @@ OF_A_ROUND = (
     "background",
     "rounds",
 )
-OF_ROUNDS = ("accept", "temperature", "cooling", "candidates")
+OF_ROUNDS = (
+    *THRESHOLDS,
+    "budget",
+    "max_cost",
+    "temperature",
+    "cooling",
+    "candidates",
+)
 LONGEST_CUT = 60  # characters of a cut prompt that a warning shows
 
 
@@ -68,6 +78,43 @@ class Session:
         return str(self.painter.sampler.family.denoiser.dtype).removeprefix("torch.")
 
     @property
+    def origin(self) -> Origin:
+        """What the energies of this run's pictures belong to."""
+        settings, models = self.painter.settings, self.request.models
+        height, width = self.painter.sampler.shape[2:]
+        factor = self.pipe.vae_scale_factor
+        return {
+            **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
+            "early_look": settings.looks[0],
+            "preview": self.painter.sampler.preview_by,
+            "model": self.model,
+            "vae": shown(models.vae) if models.vae else None,
+            "lora": [f"{lora.name}:{lora.weight:g}" for lora in self.loras],
+            "clipseg": self.clipseg,
+            "scheduler": scheduler_of(self.pipe),
+            "height": height * factor,
+            "width": width * factor,
+        }
+
+    @property
+    def thresholds(self) -> dict[str, float | bool]:
+        """The energies to stop at, by their flags, and whether a sample or a hand has given them.
+
+        None for a single round.
+        """
+        if not self.painter.settings.annealed:
+            return {}
+        limits = self.painter.limits
+        return {
+            **dict(zip(THRESHOLDS, (limits.last, limits.early), strict=True)),
+            "calibrated": self.painter.calibrated,
+        }
+
+    def calibrated(self, sample: Sample) -> Session:
+        """The same run with thresholds that meet its budget, where they were not given."""
+        return replace(self, painter=self.painter.accepting(self.painter.sought(sample)))
+
+    @property
     def of_the_backend(self) -> list[str]:
         """The packages that run the networks beside torch."""
         return [] if self.request.models.backend == "torch" else [self.request.models.backend]
@@ -75,7 +122,8 @@ class Session:
     def painter_of(self, prompts: Sequence[Sequence[str]], joiner: str) -> Painter:
         """A painter like this run's, of other prompts."""
         settings = replace(self.painter.settings, joiner=joiner)
-        return Painter(self.pipe, self.painter.clipseg, prompts, settings)
+        limits = self.painter.limits if self.painter.calibrated else None
+        return Painter(self.pipe, self.painter.clipseg, prompts, settings, limits)
 
     def parameters(self, image: Image, seed: int, name: str, prompt: str | None = None) -> str:
         """AUTOMATIC1111's `parameters` text of one picture of this run.
@@ -84,8 +132,10 @@ class Session:
         `image`; `prompt` is its text, where it is not that of the request.
         """
         settings = self.painter.settings
-        names = (*OF_A_ROUND, *(OF_ROUNDS if settings.rounds > 1 else ()))
-        method = {f"Tempering {key}": getattr(settings, key) for key in names}
+        names = (*OF_A_ROUND, *(OF_ROUNDS if settings.annealed else ()))
+        values = {name: getattr(settings, name) for name in names}
+        values |= {name: self.thresholds[name] for name in THRESHOLDS if name in names}
+        method = {f"Tempering {name}": value for name, value in values.items()}
         tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
         hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
         return outputs.parameters_text(
@@ -123,6 +173,7 @@ class Session:
                 "scheduler": scheduler_of(self.pipe),
                 "preview": self.painter.sampler.preview_by,
             },
+            "thresholds": self.thresholds,
             "notice": self.notice,
             "model": self.model,
             "clipseg": self.clipseg,
@@ -190,15 +241,35 @@ def open_session(request: Request, device: str | None = None) -> Session:
     )
     with blaming("a tokenizer"):
         warn_of_cuts(pipe, clipseg, request)
-    painter = Painter(pipe, clipseg, [request.prompts], request.settings)
-    return Session(
+    session = Session(
         request=request,
-        painter=painter,
+        painter=Painter(pipe, clipseg, [request.prompts], request.settings),
         model=model_name(pipe),
         clipseg=shown(clipseg_name),
         loras=tuple(locate(each, offline=True) for each in models.lora),  # they are all here now
         notice="\n".join(notices) or None,
     )
+    return calibrated(session)
+
+
+def calibrated(session: Session) -> Session:
+    """A run with the thresholds of an earlier one, or those of a sample that fits it.
+
+    The sample that was asked for, else the pocket's own; with none of them the run stays as it is.
+    Raises InputError for a sample of other pictures.
+    """
+    request = session.request
+    if not session.painter.settings.annealed:
+        return session
+    if request.limits:
+        return replace(session, painter=session.painter.accepting(request.limits))
+    asked = request.calibration
+    if asked:
+        given = calibration.load(asked)
+        given.check(session.origin, asked)
+        return session.calibrated(given.sample)
+    own = calibration.pockets_own()
+    return session.calibrated(own.sample) if own.origin == session.origin else session
 
 
 def lasting(name: str | None) -> str | None:

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from budget import Energies
 from errors import InputError
 from prompts import Prompt
 
@@ -35,6 +36,9 @@ DEFAULT_STEPS = 20
 DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
 # The default of these: it follows from the steps. Typed as the number that it becomes.
 IN_PROPORTION: Any = None
+# The default of what follows from the budget, and how many times it that is.
+OF_THE_BUDGET: Any = None
+DEFAULT_MOST = 3
 # The default of what belongs to the model's family. Typed as what it becomes once that is known.
 OF_THE_FAMILY: Any = None
 
@@ -48,10 +52,16 @@ class Tempering:
     backsteps: int = IN_PROPORTION  # go back by this many steps, 0..stoptime
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
-    rounds: int = 12  # of going back, looking and deciding; 1 goes back once, and takes what comes
-    accept: float = 0.25  # with rounds: a picture of this energy or less is good enough
+    # Costs are in plain pictures of the same sampler, counted in evaluations of the denoiser.
+    budget: float = 1.3  # with rounds: what a picture costs on average, >= 1
+    max_cost: float = OF_THE_BUDGET  # what no picture passes, >= 1: no round begins that could
+    # Of going back, looking and deciding; None: as many as max_cost pays for; 1 goes back once, and
+    # takes what comes.
+    rounds: int | None = None
     early_look: int = IN_PROPORTION  # with rounds: a look after so many, too; >= stoptime is none
-    early_accept: float = 1.4  # with rounds: above this energy a picture goes no further than that
+    # Energies; None: what the budget pays for (budget.py).
+    accept: float | None = None  # with rounds: a picture of this energy or less is good enough
+    early_accept: float | None = None  # with rounds: above it a picture goes no further than that
     temperature: float = 0.0  # with rounds: what a worse picture may cost and still be kept
     cooling: float = 1.0  # with rounds: each goes back so many times as far as the last, 0..1
     candidates: int = 1  # with rounds: pictures a round, of which the best is proposed
@@ -62,6 +72,7 @@ class Tempering:
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
+    mirror: bool = True  # with rounds: whether CLIPSeg sees the mirror image, too
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
     preview: str = AUTO  # how the interrupted latents become a picture for CLIPSeg
     height: int | None = None  # pixels; None is the model's own size
@@ -75,11 +86,17 @@ class Tempering:
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
-        _whole("rounds", self.rounds, 1, None)
-        _real("accept", self.accept, 0, math.inf)
+        _real("budget", self.budget, 1, math.inf)
+        if self.max_cost is OF_THE_BUDGET:
+            object.__setattr__(self, "max_cost", DEFAULT_MOST * self.budget)
+        _real("max_cost", self.max_cost, 1, math.inf)
+        if self.rounds is not None:
+            _whole("rounds", self.rounds, 1, None)
         self._follow_steps("early_look", self.steps)
         _whole("early_look", self.early_look, 0, None)
-        _real("early_accept", self.early_accept, 0, math.inf)
+        for name in ("accept", "early_accept"):
+            if getattr(self, name) is not None:
+                _real(name, getattr(self, name), 0, math.inf)
         _real("temperature", self.temperature, 0, math.inf)
         _real("cooling", self.cooling, 0, 1)
         _whole("candidates", self.candidates, 1, MAX_CANDIDATES)
@@ -89,6 +106,8 @@ class Tempering:
             _real("guidance_scale", self.guidance_scale, 0, math.inf)
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
+        if not isinstance(self.mirror, bool):
+            raise InputError(f"mirror must be True or False, got {self.mirror!r}")
         _choice("preview", self.preview, PREVIEWS)
         _text("negative_prompt", self.negative_prompt)
         _text("joiner", self.joiner)
@@ -101,9 +120,14 @@ class Tempering:
             object.__setattr__(self, name, value)  # how a frozen dataclass completes itself
 
     @property
+    def annealed(self) -> bool:
+        """Whether what comes of a round is looked at: not so of the seed's single one."""
+        return self.rounds != 1
+
+    @property
     def looks(self) -> tuple[int, ...]:
         """The steps after which CLIPSeg looks, ascending; the last is `stoptime`."""
-        early = self.rounds > 1 and 0 < self.early_look < self.stoptime
+        early = self.annealed and 0 < self.early_look < self.stoptime
         return (self.early_look, self.stoptime) if early else (self.stoptime,)
 
 
@@ -144,6 +168,8 @@ class Request:
     set_name: str | None = None
     batch: int | None = None  # pictures that share U-Net calls; None: what the device has room for
     judges: tuple[str, ...] | None = None  # None: the one that belongs to the model
+    calibration: Path | None = None  # where a sample of energies is
+    limits: Energies | None = None  # the thresholds of the run that is repeated
     resume: Path | None = None
     blind: bool = False  # resumed by flags alone, since its run.json is damaged
 

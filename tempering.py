@@ -10,15 +10,30 @@ scheduler's own schedule for every k, and rounds of it are simulated annealing p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from annealing import cooled_depth, cooled_temperature, depths, gamma_map, keeps, mix_noise
+from budget import (
+    LOWEST,
+    Energies,
+    Sample,
+    Sampled,
+    Stop,
+    descend,
+    patience,
+    promising,
+    thresholds,
+)
+from calibration import pockets_own
 from errors import InputError, blaming
 from families import family_of
 from sampling import Branch, Progress, Sampler, unheard
@@ -108,20 +123,29 @@ class Walk:
         """The plain picture's branch."""
         return self.branches[0]
 
+    @property
+    def spent(self) -> int:
+        """Evaluations without those that took the trunk further than to the first look."""
+        rounds = sum(each.evaluations for each in self.branches[1:])
+        return self.trunk.evaluations_until(self.first.step) + rounds
+
     def evaluations_for(self, branch: Branch) -> int:
-        """Evaluations without those that took the trunk to its end, where `branch` is another."""
-        total = sum(each.evaluations for each in self.branches)
+        """Evaluations that the finished picture of `branch` has taken."""
         if branch is self.trunk:
-            return total
-        return total - self.trunk.evaluations + self.trunk.evaluations_until(self.first.step)
+            return sum(each.evaluations for each in self.branches)
+        return self.spent
+
+
+Watched = Sequence[Walk]  # a plain picture's: how its walk begins if it is left at each look
 
 
 class Painter:
     """A pipeline and a CLIPSeg with the text of one run encoded: paints, looks and tempers.
 
     `prompts` holds the prompts of each of the B pictures of a batch, the same number for each.
-    One painter serves any number of batches, so text is encoded once. Raises InputError for prompts
-    that are missing or empty, or not as many for each picture.
+    One painter serves any number of batches, so text is encoded once. `limits` are the energies to
+    stop at, where the settings do not give them; without, a rule that needs no sample. Raises
+    InputError for prompts that are missing or empty, or not as many for each picture.
     """
 
     def __init__(
@@ -130,6 +154,7 @@ class Painter:
         clipseg: ClipSeg,
         prompts: Sequence[Sequence[str]],
         settings: Tempering = DEFAULTS,
+        limits: Energies | None = None,
     ) -> None:
         for each in prompts:
             check_prompts(each)
@@ -143,9 +168,31 @@ class Painter:
         self.clipseg = clipseg
         joined = [settings.joiner.join(each) for each in prompts]
         self.sampler = Sampler(family_of(pipe), joined, settings)
+        self.evaluations = cache(self.sampler.evaluations)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
+        self.calibrated = limits is not None or self.settings.accept is not None
+        self.limits = self.by_hand(limits or self.sought(pockets_own().sample))
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
+
+    def sought(self, sample: Sample) -> Energies:
+        """At which energies to stop, so that pictures like those of `sample` cost the budget."""
+        settings = self.settings
+        return thresholds(sample, settings.budget, settings.max_cost, pockets_own().sample)
+
+    def by_hand(self, limits: Energies) -> Energies:
+        """The thresholds `limits`, but for those that the settings give."""
+        early, last = self.settings.early_accept, self.settings.accept
+        return Energies(
+            limits.early if early is None else early, limits.last if last is None else last
+        )
+
+    def accepting(self, limits: Energies) -> Painter:
+        """The same painter with other thresholds, but for those that the settings give."""
+        other = copy(self)
+        other.calibrated = True
+        other.limits = self.by_hand(limits)
+        return other
 
     @torch.no_grad()
     def temper(
@@ -154,18 +201,24 @@ class Painter:
         *,
         rows: Sequence[int] | None = None,
         compare: bool = False,
+        walks: Sequence[Walk] | None = None,
         progress: Progress | None = None,
     ) -> list[Result]:
         """One tempered picture for each of the seeds; the parameters are those of `temper`.
 
         `rows` says whose prompts each is of (default: one of all B in order). Every picture has a
         random generator of its own, so it does not depend on the batch that it was made in (beyond
-        floating-point rounding).
+        floating-point rounding). `walks` are those of the same seeds and rows, where they have
+        begun already.
         """
         report = progress or unheard
-        trunks = self.sampler.start(seeds, rows)
-        walks = [begun(state) for state in self.follow(trunks, report)]
-        tempered = self.anneal(walks, report) if self.settings.rounds > 1 else self.once(walks)
+        if walks is None:
+            trunks = self.sampler.start(seeds, rows)
+            walks = [begun(state) for state in self.follow(trunks, report)]
+        else:
+            trunks = [walk.trunk for walk in walks]
+            self.take_up(walks, report)
+        tempered = self.anneal(walks, report) if self.settings.annealed else self.once(walks)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
         self.sampler.denoise(branches, self.settings.steps, report)
@@ -181,8 +234,8 @@ class Painter:
                 plain=images[walk.trunk] if compare else None,
                 interrupted=walk.first.view,
                 interrupted_at=walk.first.step,
-                kept=walk.kept.view if self.settings.rounds > 1 else None,
-                kept_at=walk.kept.step if self.settings.rounds > 1 else None,
+                kept=walk.kept.view if self.settings.annealed else None,
+                kept_at=walk.kept.step if self.settings.annealed else None,
                 rounds=tuple(walk.rounds),
                 seed=seed,
                 unet_calls=sum(each.evaluations for each in walk.branches),
@@ -192,31 +245,118 @@ class Painter:
             for branch, walk, seed in zip(tempered, walks, seeds, strict=True)
         ]
 
+    @torch.no_grad()
+    def watch(
+        self,
+        seeds: Sequence[int],
+        *,
+        rows: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Watched]:
+        """Plain pictures up to `stoptime`, looked at by every look, whatever they show.
+
+        The parameters are those of `temper`.
+        """
+        trunks = self.sampler.start(seeds, rows)
+        seen = []
+        for step in self.settings.looks:
+            self.sampler.denoise(trunks, step, progress or unheard)
+            seen.append([begun(state) for state in self.examine(trunks, step)])
+        return list(zip(*seen, strict=True))
+
+    def where_left(self, watched: Watched) -> Walk:
+        """The walk of a picture from the look at which it is left."""
+        unpromising = (each for each in watched[:-1] if not self.promising(each.first))
+        return next(unpromising, watched[-1])
+
+    # --- A sample, from which thresholds follow.
+
+    def looks(self, watched: Watched) -> tuple[Stop, ...]:
+        """What a sample holds of a plain picture: rounds without the doubt of who has no sample."""
+        calibrated = self.accepting(self.limits)
+        return tuple(map(calibrated.stop, watched))
+
+    def sampling(self, looks: Sequence[tuple[Stop, ...]]) -> Painter:
+        """A painter that walks a sample of plain pictures with these looks."""
+        early = promising([Sampled(each, ()).plain for each in looks])
+        return self.accepting(Energies(early, LOWEST))
+
+    def sample(self, pictures: Iterable[Sampled]) -> Sample:
+        """The sample of which this painter walks the pictures."""
+        return Sample(self.plain_calls, self.limits.early, tuple(pictures))
+
+    def missing(self, sample: Sample) -> int | None:
+        """Whose next round must be known, for the sample to have spent the budget.
+
+        None, too, where `accept` is given by hand, and the budget has nothing to say.
+        """
+        settings = self.settings
+        if settings.accept is not None:
+            return None
+        return descend(sample, settings.budget, settings.max_cost).missing
+
+    # --- The rounds.
+
+    def take_up(self, walks: Sequence[Walk], report: Progress) -> None:
+        """Take on to `stoptime` what was left at the early look by a lower threshold than now."""
+        left = [walk for walk in walks if walk.kept.step < self.settings.stoptime]
+        later = [walk for walk in left if self.promising(walk.kept)]
+        branches = [walk.kept.branch for walk in later]
+        self.sampler.denoise(branches, self.settings.stoptime, report)
+        states = self.examine(branches, self.settings.stoptime)
+        for walk, state in zip(later, states, strict=True):
+            walk.first = state if walk.kept is walk.first else walk.first
+            walk.kept = state
+
     def once(self, walks: Sequence[Walk]) -> list[Branch]:
         """The seed's tempering: every picture goes back once, and what comes of it is taken."""
-        return [self.propose(walk, self.settings.backsteps) for walk in walks]
+        depth = self.settings.backsteps
+        for walk in walks:
+            if self.dearest(walk, depth) <= self.most:
+                walk.branches.append(self.propose(walk, depth, walk.generator))
+        return [walk.branches[-1] for walk in walks]
 
     def anneal(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
         """The branches that are kept after all rounds, each paused at the look it came to.
 
-        A round goes back from the kept states of the pictures that are not good enough yet; the
-        others have left the batch.
+        A picture that is good enough, or can not pay for another round, has left the batch.
         """
-        settings = self.settings
-        for number in range(1, settings.rounds + 1):
-            depth = cooled_depth(settings.backsteps, settings.cooling, number)
-            temperature = cooled_temperature(settings.temperature, number, settings.rounds)
-            hot = [walk for walk in walks if not self.good(walk.kept)]
-            if not hot or not depth:  # going back by no step changes nothing
-                break
-            proposed = [
-                self.propose(walk, depth) for walk in hot for _ in range(settings.candidates)
-            ]
-            found = iter(self.follow(proposed, report))
-            for walk in hot:
-                states = [next(found) for _ in range(settings.candidates)]
-                settle(walk, states, depth, temperature)
+        while hot := [each for each in walks if not self.good(each.kept) and self.may_go_on(each)]:
+            self.round(hot, report)
         return [walk.kept.branch for walk in walks]
+
+    @torch.no_grad()
+    def round(self, walks: Sequence[Walk], report: Progress = unheard) -> None:
+        """Every walk goes back from what it keeps, and keeps what comes of it, or does not.
+
+        Where memory runs out on the way, nothing has happened.
+        """
+        count = self.settings.candidates
+        depths = [self.depth(walk) for walk in walks]
+        generators = [walk.generator.clone_state() for walk in walks]
+        proposed = [
+            self.propose(walk, depth, generator)
+            for walk, depth, generator in zip(walks, depths, generators, strict=True)
+            for _ in range(count)
+        ]
+        found = self.follow(proposed, report)
+        for i, (walk, depth) in enumerate(zip(walks, depths, strict=True)):
+            number = len(walk.rounds) + 1
+            temperature = cooled_temperature(self.settings.temperature, number, self.rounds)
+            walk.generator = generators[i]
+            settle(walk, found[i * count : (i + 1) * count], depth, temperature)
+
+    def depth(self, walk: Walk) -> int:
+        """How far its next round goes back."""
+        return cooled_depth(self.settings.backsteps, self.settings.cooling, len(walk.rounds) + 1)
+
+    def has_rounds(self, walk: Walk) -> bool:
+        """Whether there is a next one; going back by no step changes nothing."""
+        return len(walk.rounds) < self.rounds and self.depth(walk) > 0
+
+    def may_go_on(self, walk: Walk) -> bool:
+        """Whether there is a next round, and it can not take the picture past `max_cost`."""
+        return self.has_rounds(walk) and self.dearest(walk, self.depth(walk)) <= self.most
 
     def follow(self, branches: Sequence[Branch], report: Progress) -> list[State]:
         """Denoise to `stoptime`; the state of each branch at the last look that it came to.
@@ -235,14 +375,14 @@ class Painter:
         return [found[branch] for branch in branches]
 
     def promising(self, state: State) -> bool:
-        return state.view.energy <= self.settings.early_accept
+        return state.view.energy <= self.limits.early
 
     def good(self, state: State) -> bool:
         """Whether no round is needed any more."""
-        settings = self.settings
-        return state.step == settings.stoptime and state.view.energy <= settings.accept
+        done = state.step == self.settings.stoptime
+        return done and state.view.energy <= self.limits.last
 
-    def propose(self, walk: Walk, backsteps: int) -> Branch:
+    def propose(self, walk: Walk, backsteps: int, generator: torch.Generator) -> Branch:
         """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
         state, settings = walk.kept, self.settings
         height, width = state.x0.shape[-2:]
@@ -253,31 +393,78 @@ class Painter:
             background=settings.background,
             by_pixel=settings.uncertainty == "pixel",
         ).to(state.eps.device)
-        fresh = self.sampler.noise(state.eps.shape, walk.generator, state.eps.dtype)
+        fresh = self.sampler.noise(state.eps.shape, generator, state.eps.dtype)
         noise = mix_noise(state.eps, fresh, gamma, settings.cfg_rescale / 10)
         step = max(0, state.step - backsteps)
-        branch = self.sampler.go_back(state.branch, state.x0, noise, step, walk.generator)
-        walk.branches.append(branch)
-        return branch
+        return self.sampler.go_back(state.branch, state.x0, noise, step, generator)
+
+    # --- What it costs.
+
+    def dearest(self, walk: Walk, backsteps: int) -> int:
+        """What the picture can cost after a round so deep, whatever comes of it."""
+        kept, end = walk.kept, self.settings.steps
+        step = max(0, kept.step - backsteps)
+        until = kept.branch.evaluations_until
+        to_finish_kept = until(end) - until(kept.step)
+        whole = max(self.evaluations(step, end), self.evaluations(step, kept.step) + to_finish_kept)
+        others = (self.settings.candidates - 1) * self.evaluations(step, self.settings.stoptime)
+        return walk.spent + others + whole
+
+    def stop(self, walk: Walk) -> Stop:
+        """Where the picture stands, for the mathematics of the budget."""
+        kept = walk.kept
+        until = kept.branch.evaluations_until
+        cost = walk.spent + until(self.settings.steps) - until(kept.step)
+        most = self.dearest(walk, self.depth(walk)) if self.has_rounds(walk) else None
+        return Stop(kept.step == self.settings.stoptime, kept.view.energy, cost, most)
+
+    @cached_property
+    def most(self) -> int:
+        """U-Net evaluations that a tempered picture never passes."""
+        return math.floor(self.settings.max_cost * self.plain_calls)
+
+    @property
+    def plain_calls(self) -> int:
+        """U-Net evaluations of a plain picture."""
+        return self.evaluations(0, self.settings.steps)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are at most: as asked for, or what `max_cost` could pay for.
+
+        Thresholds that no sample has given are not trusted for longer than `patience` says.
+        """
+        settings = self.settings
+        if settings.rounds is not None:
+            return settings.rounds
+        starts = [max(0, look - settings.backsteps) for look in settings.looks]
+        ways = [(step, look) for step in starts for look in settings.looks if step < look]
+        cheapest = min((self.evaluations(*each) for each in ways), default=1)
+        paid = (self.most - self.plain_calls) // cheapest
+        if self.calibrated:
+            return paid
+        return min(paid, patience(pockets_own().sample, self.limits) - 1)
 
     def unet_calls(self, *, compare: bool) -> int:
         """U-Net evaluations of one tempered picture, with its plain one where `compare` is set.
 
         With several rounds this is the most that it can take.
         """
-        settings = self.settings
+        settings, evaluations = self.settings, self.evaluations
         early, stop, end = settings.looks[0], settings.stoptime, settings.steps
-        evaluations = self.sampler.evaluations
         to_stop, to_the_end = evaluations(0, stop), evaluations(0, end) - evaluations(0, stop)
-        total = to_stop + to_the_end * compare
-        if settings.rounds == 1:
-            return total + evaluations(stop - settings.backsteps, end)
-        for depth, rounds in depths(settings.backsteps, settings.cooling, settings.rounds):
+        beside = to_the_end * compare  # of the plain picture
+        if not settings.annealed:
+            once = to_stop + evaluations(stop - settings.backsteps, end)
+            return beside + (once if once <= self.most else evaluations(0, end))
+        total = evaluations(0, end)
+        for depth, rounds in depths(settings.backsteps, settings.cooling, self.rounds):
             total += settings.candidates * rounds * evaluations(stop - depth, stop)
         # A picture that is left at the early look spares the way from there to `stoptime` (not with
         # `compare`, which paints it anyway); all candidates of one round may go it later.
-        total += (settings.candidates - 1 + compare) * (to_stop - evaluations(0, early))
-        return total + to_the_end
+        way_on = to_stop - evaluations(0, early)
+        total = min(self.most, total + (settings.candidates - 1) * way_on)
+        return total + beside + compare * way_on
 
     def examine(self, branches: Sequence[Branch], step: int) -> list[State]:
         """The states of branches that are paused after `step`, with what CLIPSeg sees in them."""
@@ -297,7 +484,19 @@ class Painter:
         can not tell good from bad in it.
         """
         images = self.sampler.preview(branches, guidance_scale)
-        return self.look(images, [branch.row for branch in branches])
+        rows = [branch.row for branch in branches]
+        both = self.settings.annealed and self.settings.mirror
+        return self.look_twice(images, rows) if both else self.look(images, rows)
+
+    def look_twice(
+        self, images: Sequence[Image.Image], rows: Sequence[int] | None = None
+    ) -> list[View]:
+        """The same as `look`, with an energy that knows the mirror images, too."""
+        others = self.look([ImageOps.mirror(image) for image in images], rows)
+        return [
+            replace(view, mirrored=other.probabilities)
+            for view, other in zip(self.look(images, rows), others, strict=True)
+        ]
 
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
         """CLIPSeg's view of each image; `rows` says whose prompts (default: of all B in order)."""
@@ -327,5 +526,28 @@ def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: f
         and keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
     )
     walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept))
+    walk.branches += [state.branch for state in proposed]
     if kept:
         walk.kept = best
+
+
+def walked(pictures: Sequence[tuple[Painter, Watched]]) -> Sample:
+    """A sample of these plain pictures, walked until it has spent the budget of their settings.
+
+    Of each there is the painter that has watched it; all have the same settings.
+    """
+    looks = [painter.looks(watched) for painter, watched in pictures]
+    painters = [painter.sampling(looks) for painter, _ in pictures]
+    walks = [
+        painter.where_left(each) for painter, (_, each) in zip(painters, pictures, strict=True)
+    ]
+    rounds: list[list[Stop]] = [[] for _ in pictures]
+    painter = painters[0]
+    while True:
+        ways = zip(looks, map(tuple, rounds), strict=True)
+        sample = painter.sample(map(Sampled._make, ways))
+        i = painter.missing(sample)
+        if i is None:
+            return sample
+        painters[i].round([walks[i]])
+        rounds[i].append(painters[i].stop(walks[i]))

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--methods", nargs="+", metavar="NAME", choices=list(ROSTER), default=["annealed"]
+        "--methods", nargs="+", metavar="NAME", choices=list(ROSTER), default=["annealed@1.3x"]
     )
     parser.add_argument("--seeds", type=int, default=200, metavar="N")
     args = parser.parse_args(argv)

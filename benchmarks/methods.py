@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,15 +20,20 @@ from diffusers.pipelines import StableDiffusionAttendAndExcitePipeline
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.prompts import Prompt
+from benchmarks.prompts import Prompt, development
+from budget import Energies, Sample
 from families import family_of
+from loaders import scheduler_of
 from sampling import Branch, Sampler
 from segmentation import ClipSeg
-from settings import Tempering
-from tempering import Painter
+from settings import DEFAULT_MOST, Tempering
+from tempering import Painter, Watched, walked
 
 # Seeds of a picture's further candidates, far from those of other pictures.
 NEXT_CANDIDATE = 1_000_003
+SAMPLE = 32  # pictures a subset, whose energies are the lab's calibration
+FIRST_SAMPLED = 970_000  # their seeds
+WALKED = 2.0  # by this budget at least: a sample tells of lower ones, too
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,45 @@ class Models:
         """A sampler of `cases`, for methods that do not look."""
         return Sampler(family_of(self.pipe), [case.prompt.text for case in cases], settings)
 
-    def painter(self, cases: Sequence[Case], settings: Tempering) -> Painter:
+    def painter(
+        self,
+        cases: Sequence[Case],
+        settings: Tempering,
+        limits: Energies | None = None,
+        kind: Callable[..., Painter] = Painter,
+    ) -> Painter:
         """A painter of `cases`, which share one joiner."""
         settings = replace(settings, joiner=cases[0].prompt.joiner)
-        return Painter(self.pipe, self.clipseg, [case.prompt.phrases for case in cases], settings)
+        prompts = [case.prompt.phrases for case in cases]
+        return kind(self.pipe, self.clipseg, prompts, settings, limits)
+
+    def limits(self, settings: Tempering, kind: Callable[..., Painter] = Painter) -> Energies:
+        """The energies at which to stop, by a sample of prompts that are not reported.
+
+        Of settings that give them both, there is nothing to be found.
+        """
+        if settings.accept is not None and settings.early_accept is not None:
+            return Energies(settings.early_accept, settings.accept)
+        row = next(iter(development().values()))[:1]
+        painter = self.painter([Case(prompt, 0) for prompt in row], settings, kind=kind)
+        walked_by = replace(settings, budget=max(WALKED, settings.budget))
+        if settings.max_cost == DEFAULT_MOST * settings.budget:
+            walked_by = replace(walked_by, max_cost=DEFAULT_MOST * walked_by.budget)
+        return painter.sought(sample(self, scheduler_of(self.pipe), walked_by, kind))
+
+
+@lru_cache
+def sample(
+    models: Models, scheduler: str, settings: Tempering, kind: Callable[..., Painter]
+) -> Sample:
+    """A sample of `SAMPLE` pictures a subset, by the pipeline's `scheduler`."""
+    pictures: list[tuple[Painter, Watched]] = []
+    for number, prompts in enumerate(development().values()):
+        first = FIRST_SAMPLED + number * SAMPLE
+        cases = [Case(prompt, first + i) for i, prompt in enumerate(prompts[:SAMPLE])]
+        painter = models.painter(cases, settings, kind=kind)
+        pictures += [(painter, watched) for watched in painter.watch(seeds(cases))]
+    return walked(pictures)
 
 
 Method = Callable[[Models, Sequence[Case]], list[Painted]]
@@ -85,20 +126,35 @@ def plain(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Pa
     return [Painted(i, b.evaluations) for i, b in zip(images, branches, strict=True)]
 
 
-def tempered(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
-    """This program."""
-    results = models.painter(cases, settings).temper(seeds(cases))
+def tempered(
+    models: Models,
+    cases: Sequence[Case],
+    settings: Tempering,
+    *,
+    calibrated: bool = True,
+    kind: Callable[..., Painter] = Painter,
+) -> list[Painted]:
+    """This program; where it is not `calibrated`, by the rule that needs no sample."""
+    limits = models.limits(settings, kind) if calibrated and settings.annealed else None
+    results = models.painter(cases, settings, limits, kind).temper(seeds(cases))
     return [Painted(result.image, result.unet_calls) for result in results]
 
 
 @torch.no_grad()
 def best_of_n(
-    models: Models, cases: Sequence[Case], settings: Tempering, n: int, accept: float
+    models: Models,
+    cases: Sequence[Case],
+    settings: Tempering,
+    n: int,
+    accept: float | None = None,
 ) -> list[Painted]:
     """Of `n` pictures the one of the lowest energy; none is painted after one of `accept` or less.
 
-    The same CLIPSeg and the same energy as the tempering's.
+    The same CLIPSeg and the same energy as the tempering's, and the same `accept`, where none is
+    given.
     """
+    if accept is None:
+        accept = models.limits(settings).last
     best: list[tuple[float, Image.Image] | None] = [None] * len(cases)
     calls = [0] * len(cases)
     for number in range(n):
@@ -108,7 +164,7 @@ def best_of_n(
         painter = models.painter([cases[i] for i in rows], settings)
         branches = painter.sampler.start([cases[i].seed + number * NEXT_CANDIDATE for i in rows])
         images = paint(painter.sampler, branches)
-        for i, branch, view in zip(rows, branches, painter.look(images), strict=True):
+        for i, branch, view in zip(rows, branches, painter.look_twice(images), strict=True):
             calls[i] += branch.evaluations
             found = best[i]
             if found is None or view.energy < found[0]:
@@ -188,13 +244,18 @@ def noisier(sampler: Sampler, branch: Branch, at: int, to: int) -> Branch:
 
 
 def attend_and_excite(
-    models: Models, cases: Sequence[Case], settings: Tempering, scale_factor: float
+    models: Models,
+    cases: Sequence[Case],
+    settings: Tempering,
+    scale_factor: float,
+    watch: Callable[[int, int, Tensor], None] | None = None,
 ) -> list[Painted]:
     """Attend-and-Excite (Chefer et al. 2023, arXiv:2301.13826) as diffusers has it.
 
     Its schedule of 50 steps (altered in the first half, refined at steps 0, 10 and 20) is brought
     to `steps`. It needs a scheduler that does not scale the model's input: DDIM, as in `ddim`. Its
-    looks at attention that change nothing, after the first half, are not counted.
+    looks at attention that change nothing, after the first half, are not counted. `watch` is called
+    after every step with its number from 0, its timestep and the latents.
     """
     parts = models.pipe.components
     wanted = ("vae", "text_encoder", "tokenizer", "unet")
@@ -222,6 +283,7 @@ def attend_and_excite(
                 case.prompt.text,
                 subject_tokens(pipe.tokenizer, case.prompt),
                 generator=torch.Generator().manual_seed(case.seed),
+                callback=watch,
                 **options,
             ).images[0]
         idle = settings.steps - options["max_iter_to_alter"]

@@ -51,8 +51,13 @@ POCKET = HERE.parent / "pocket" / "weights"
 SOURCES = (
     "annealing.py",
     "benchmarks/methods.py",
+    "benchmarks/peers.py",
+    "benchmarks/prompts.py",
+    "budget.py",
+    "calibration.py",
     "families.py",
     "metrics.py",
+    "pocket/calibration.json",
     "pocket/judge.py",
     "pocket/judgenet.py",
     "sampling.py",
@@ -460,7 +465,7 @@ def gain(each: Summary) -> str:
 
 
 # A marker a curve, so that none is told by its colour alone.
-MARKS = "osD^vPX*<>hd"
+MARKS = "osD^vPX*<>hdp8Hx1+"
 
 
 def plot(pooled: Mapping[str, Summary]) -> Figure:

@@ -99,7 +99,7 @@ def painting_beside_its_models(count: int) -> dict[str, float]:
         clock = Clock(Loaded(session.pipe, session.painter.clipseg, lambda: None))
         records = Records(Path(place), asked[:: max(1, len(asked) // count)][:count], range(1))
         begun = time.perf_counter()
-        for row in painting.paint(session, records, records.keys, painting.Batch(1, CPU)):
+        for row in painting.paint(session, records, records.keys, painting.Batch(1, CPU), {}):
             outputs.append_json_line(records.rows_file(0), row)
         seconds = time.perf_counter() - begun
     models = sum(part.seconds for part in clock.parts().values())

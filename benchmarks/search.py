@@ -27,6 +27,7 @@ from benchmarks.methods import (
     restart,
     tempered,
 )
+from benchmarks.peers import depth_first, over_paths, particles
 from benchmarks.prompts import development
 from benchmarks.quality import POOLED, RESULTS, drawn, judged, rounded, summarise, table
 from benchmarks.roster import ANNEALED, BARE, NEVER, PLAIN, SEEDS_OWN
@@ -88,22 +89,25 @@ TOPICS: dict[str, Topic] = {
     },
     "guidance": {**guided(plain, BARE, "plain"), **guided(tempered, ANNEALED, "annealed")},
     "where to look": varied(stoptime=(8, 10, 12, 15, 18), backsteps=(8, 10, 12, 12, 12)),
-    "early look": varied(
-        early_look=(0, 4, 5, 6, 8, 6, 6, 6), early_accept=(1.4, 1.4, 1.4, 1.4, 1.4, 0.7, 1.0, 2.0)
-    ),
+    "early look": varied(early_look=(0, 4, 5, 6, 8)),
+    "mirror": varied(mirror=(True, False)),
     "preview": varied(preview=(*TAESD_OF_THE_POCKET, "vae", "half", "linear")),
     "look guidance": varied(look_guidance=(1.0, 2.0, 3.0, 7.5)),
     "how far back": varied(backsteps=(5, 8, 10, 12, 15)),
     "k": varied(k=(0.25, 0.5, 1.0, 2.0, 4.0, 1e6)),
     "background": varied(background=(0.0, 0.3, 1.0)),
     "uncertainty": varied(uncertainty=("class", "pixel")),
-    "rounds": varied(rounds=(2, 4, 8, 12, 24)),
-    "accept": varied(accept=(0.03, 0.1, 0.25, 0.5, 1.0)),
+    "budget": varied(budget=(1.1, 1.3, 1.5, 2.0, 3.0), max_cost=(3.3, 3.9, 4.5, 6.0, 9.0)),
+    "most": varied(max_cost=(2.0, 3.0, 4.0, 6.0, 9.0)),
     "temperature": varied(temperature=(0.0, 0.1, 0.3)),
     "cooling": varied(cooling=(1.0, 0.8, 0.6)),
     "candidates": varied(candidates=(1, 2, 3)),
     "cfg_rescale": varied(cfg_rescale=(9.0, 10.0, 11.0)),
-    "best_of_n": of(best_of_n, n=(2, 3, 12, 12, 12), accept=(NEVER, NEVER, 0.02, 0.1, 0.25)),
+    "best_of_n": of(best_of_n, n=(2, 3, 4, 12), accept=(NEVER, NEVER, None, None)),
+    "FK steering": of(particles, count=(2,) * 3, strength=(5.0, 10.0, 20.0), growth=(0.0,) * 3),
+    "BFS": of(particles, count=(2,) * 3, strength=(2.0, 5.0, 5.0), growth=(0.5, 0.5, 1.0)),
+    "DFS": of(depth_first, ANNEALED, backtracks=(2, 4, 8, 16)),
+    "search over paths": of(over_paths, paths=(1, 1, 2), copies=(1, 2, 1), times=(1, 1, 1)),
     "composable": of(composable, weight=(1.0, 1.5, 2.0, 3.0, 4.0)),
     "composable with the whole": of(
         composable, weight=(0.25, 0.5, 1.0, 1.0, 2.0), joined=(4.0, 4.0, 4.0, 2.0, 2.0)

@@ -113,6 +113,11 @@ class Chromium:
         self.call("Page.navigate", url=path.absolute().as_uri())
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
+    def close(self) -> None:
+        """Leave the page, so that the same one can be opened anew."""
+        self.call("Page.navigate", url="about:blank")
+        self.wait("location.protocol === 'about:'")
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression. Raises AssertionError where it throws."""
         found = self.call(

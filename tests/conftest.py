@@ -79,13 +79,18 @@ def lenders(
     """In the Hub's cache: the models that have what single files leave out."""
     cache = tmp_path_factory.mktemp("cache")
     for family, repo in tiny.LENDERS.items():
-        folder = cache / f"models--{repo.replace('/', '--')}"
-        shutil.copytree(tiny_folders[family], folder / "snapshots" / "0")
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0")
+        put_into(cache, repo, tiny_folders[family])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         yield
+
+
+def put_into(cache: Path, repo: str, source: Path) -> None:
+    """A copy of a folder into the Hub's cache, as what was fetched of a repository."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(source, folder / "snapshots" / "0")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0")
 
 
 @pytest.fixture(params=list(SCHEDULERS))

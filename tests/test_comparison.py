@@ -86,7 +86,7 @@ def test_a_judges_own_figures_are_compared() -> None:
 
 def test_the_cost_by_hand() -> None:
     everything = compare(TWO_SUBSETS)[-1]
-    assert everything.cost == Cost(20, 40, np.percentile([20, 40, 100, 20, 20], 95))
+    assert everything.cost == Cost(20, 40, 20, np.percentile([20, 40, 100, 20, 20], 95), 100)
     assert everything.cost.times == 2
     old = [dataclasses.replace(each, tempered_calls=None) for each in TWO_SUBSETS]
     assert compare(old)[-1].cost is None  # rows of evaluations that did not note it
@@ -204,7 +204,7 @@ def test_each_metric_names_its_better_direction() -> None:
 def test_seconds_stand_where_they_were_taken() -> None:
     rows = lines_of(tables(compare(TWO_SUBSETS), {"animals": 1.25, "all": 2})[-1])
     assert [row[-1] for row in rows[3:]] == ["1.25", "-", "2.00"]
-    assert rows[-1][1:5] == ["20.0", "40.0", "88", "2.00"]
+    assert rows[-1][1:7] == ["20.0", "40.0", "20", "88", "100", "2.00"]
 
 
 @pytest.mark.parametrize("rows", [[("a", "b"), ("x|y", "1")], [("a",), ("1",)]])

@@ -13,19 +13,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from calls import Done, call
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline
 from safetensors.torch import save_file
-from test_flows import (
-    MEASURE,
-    PAINT,
-    PROMPT,
-    REPOSITORY,
-    Done,
-    assert_same_bytes,
-    call,
-    parameters,
-    pixels,
-)
+from test_flows import MEASURE, PAINT, PROMPT, REPOSITORY, assert_same_bytes, parameters, pixels
 from test_main import PROBE
 
 from loras import locate

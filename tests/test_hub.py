@@ -196,10 +196,23 @@ def test_of_a_single_files_lender_only_what_the_file_lacks_is_fetched(
 
 
 TAESD_HUB = "madebyollin/taesd"
+# Of every load: the sum of the tiny decoder's weights, None without it, or the error.
 LOAD_TAESD = """
-    words = {"preview": sys.argv[2], "offline": bool(sys.argv[3])}
-    pipe = load_pipeline(sys.argv[1], dtype="fp32", **words)
-    answer = pipe.taesd and float(sum(each.double().sum() for each in pipe.taesd.parameters()))"""
+    answer = []
+    for folder, preview, offline in json.loads(sys.argv[1]):
+        try:
+            words = {"dtype": "fp32", "preview": preview, "offline": offline}
+            found = load_pipeline(folder, **words).taesd
+            answer.append(found and sum(float(each.double().sum()) for each in found.parameters()))
+        except TemperingError as error:
+            answer.append({"error": error.exit_code, "text": str(error)})"""
+
+
+def tiny_decoders(environment: dict[str, str], *loads: tuple[Path, str, bool]) -> list[Any]:
+    """What each of these loads, of a folder with a preview and maybe offline, comes to."""
+    given = json.dumps(loads, default=str)
+    answer: list[Any] = child(LOAD_TAESD.strip(), environment, given)["answer"]
+    return answer
 
 
 def taesd_files(folder: Path, **more: int) -> Files:
@@ -212,42 +225,38 @@ def test_the_tiny_decoder_is_fetched_with_the_model_once(
 ) -> None:
     unneeded = dict.fromkeys(("taesd_decoder.safetensors", "diffusion_pytorch_model.bin"), b"no")
     hub.repositories[TAESD_HUB] = {**unneeded, **taesd_files(tmp_path / "taesd")}
-    environment = hub.environment(tmp_path / "home")
-
-    def load(*words: object) -> Any:
-        return child(LOAD_TAESD.strip(), environment, tiny_folders["sd2"], *words)["answer"]
-
-    assert load("vae", "") is None
+    environment, folder = hub.environment(tmp_path / "home"), tiny_folders["sd2"]
+    assert tiny_decoders(environment, (folder, "vae", False)) == [None]
     assert hub.downloads() == []
     expected = sum(float(each.detach().double().sum()) for each in tiny.taesd().parameters())
-    assert load("auto", "") == pytest.approx(expected)
-    needed = [f"{TAESD_HUB}/config.json", f"{TAESD_HUB}/diffusion_pytorch_model.safetensors"]
-    assert hub.downloads() == needed
-    assert load("taesd", "offline") == load("auto", "") == pytest.approx(expected)
-    assert hub.downloads() == needed
+    loads = [(folder, "auto", False), (folder, "taesd", True), (folder, "auto", False)]
+    assert tiny_decoders(environment, *loads) == pytest.approx([expected] * 3)
+    assert hub.downloads() == [
+        f"{TAESD_HUB}/config.json",
+        f"{TAESD_HUB}/diffusion_pytorch_model.safetensors",
+    ]
 
 
 def test_without_the_tiny_decoder_auto_does_with_the_vae_and_taesd_is_one_line(
     hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     hub.repositories["madebyollin/taesd3"] = taesd_files(tmp_path / "taesd")  # 4 channels, not 16
-    environment = hub.environment(tmp_path / "home")
-
-    def load(family: str, *words: object) -> Any:
-        return child(LOAD_TAESD.strip(), environment, tiny_folders[family], *words)["answer"]
-
-    assert [load("sd2", "auto", "offline"), load("sd2", "auto", ""), load("bare", "auto", "")] == [
-        *(None, None, None)
-    ]
+    of_2, of_3 = tiny_folders["sd2"], tiny_folders["bare"]
+    *by_itself, missing, unfit = tiny_decoders(
+        hub.environment(tmp_path / "home"),
+        *[(of_2, "auto", True), (of_2, "auto", False), (of_3, "auto", False)],
+        *[(of_2, "taesd", True), (of_3, "taesd", False)],
+    )
+    assert by_itself == [None] * 3
     instead = "; what works without it: --preview vae, half or linear"
     reason = "it is not complete in the cache, and offline nothing is fetched"
     text = f"can not download {TAESD_HUB}: {reason}{instead}"
-    assert load("sd2", "taesd", "offline") == {"error": 1, "text": text}
+    assert missing == {"error": 1, "text": text}
     text = (
         "the tiny decoder madebyollin/taesd3 does not fit: it takes 4 channels and enlarges 2 "
         f"times, the model's VAE 16 and 2{instead}"
     )
-    assert load("bare", "taesd", "") == {"error": 1, "text": text}
+    assert unfit == {"error": 1, "text": text}
 
 
 def test_a_lender_behind_terms_is_named_with_what_helps(

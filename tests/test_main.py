@@ -122,6 +122,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         [PAINT, "--accept", "-1"],
         "accept must be a finite number of at least 0, got -1.0",
     ),
+    "budget 0.5": (
+        [PAINT, "--budget", "0.5"],
+        "budget must be a finite number of at least 1, got 0.5",
+    ),
+    "max_cost nan": (
+        [PAINT, "--max_cost", "nan"],
+        "max_cost must be a finite number of at least 1, got nan",
+    ),
     "temperature nan": (
         [PAINT, "--temperature", "nan"],
         "temperature must be a finite number of at least 0, got nan",
@@ -765,7 +773,7 @@ def test_ctrl_c_before_the_start_shows_no_traceback() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(name: str, tmp_path: Path) -> None:
     """What is raised in a finaliser is ignored by Python."""
     (tmp_path / "flow.py").write_text(
@@ -780,7 +788,8 @@ def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(name: str, tmp_p
     )
     words = [PAINT, "--output", str(tmp_path)]
     code = (
-        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(tmp_path)!r}]; import main;"
+        f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(tmp_path)!r}]; import main, signal;"
+        f"signal.signal(signal.{name}, signal.SIG_DFL);"  # whatever this process was started by
         "main.MODULES['tempered_inference'] = 'flow'; main.heed_signals();"
         f"sys.exit(main.main({words!r}))"
     )

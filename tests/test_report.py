@@ -271,14 +271,26 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=[(1280, False), (390, True)], ids=["wide, light", "narrow, dark"])
-def page(path: Path, request: pytest.FixtureRequest) -> Iterator[Chromium]:
+@pytest.fixture(
+    scope="module", params=[(1280, False), (390, True)], ids=["wide, light", "narrow, dark"]
+)
+def browser(request: pytest.FixtureRequest) -> Iterator[Chromium]:
     width, dark = request.param
-    with Chromium(width=width, dark=dark) as browser:
-        browser.open(path)
-        yield browser
-        assert browser.console == []
-        assert [url for url in browser.requests if not url.startswith(("file://", "data:"))] == []
+    with Chromium(width=width, dark=dark) as running:
+        yield running
+
+
+@pytest.fixture
+def page(path: Path, browser: Chromium) -> Iterator[Chromium]:
+    """The page, opened anew; its browser takes longer to start than a test."""
+    browser.console.clear()
+    browser.requests.clear()
+    browser.open(path)
+    yield browser
+    assert browser.console == []
+    requests = [url for url in browser.requests if not url.startswith(("file://", "data:"))]
+    assert requests == []
+    browser.close()
 
 
 def texts(page: Chromium, selector: str) -> list[str]:

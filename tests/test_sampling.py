@@ -31,25 +31,18 @@ def sampler(pipe: DiffusionPipeline, settings: Tempering = FEW) -> Sampler:
     return Sampler(family_of(pipe), [PROMPT], settings)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("guidance_scale", "width"), [(7.5, 64), (7.5, 96), (1.0, 64)])
 def test_a_branch_denoised_to_the_end_is_diffusers_picture_to_the_bit(
-    any_pipe: StableDiffusionPipeline, guidance_scale: float, width: int
+    any_pipe: StableDiffusionPipeline,
 ) -> None:
-    settings = Tempering(
-        steps=8,
-        stoptime=6,
-        backsteps=3,
-        guidance_scale=guidance_scale,
-        negative_prompt="a red cat",
-        height=64,
-        width=width,
-    )
-    ours = sampler(any_pipe, settings)
-    branches = ours.start([7])
-    ours.denoise(branches, settings.steps)
-    theirs = diffusers_picture(any_pipe, PROMPT, settings, 7)
-    assert farthest(ours.decode(branches)[0], theirs) == 0
+    assert_bit_equal(any_pipe, replace(FEW, height=64, width=96))
+
+
+@pytest.mark.parametrize("any_pipe", ["euler", "heun"], indirect=True)
+@pytest.mark.parametrize("guidance_scale", [1, 7.5])
+def test_in_its_own_size_too_with_guidance_or_without(
+    any_pipe: StableDiffusionPipeline, guidance_scale: float
+) -> None:
+    assert_bit_equal(any_pipe, replace(FEW, guidance_scale=guidance_scale))
 
 
 @torch.no_grad()

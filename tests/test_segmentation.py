@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 
 from segmentation import (
+    EMPTY,
     NONE,
+    OWN,
     PUREST,
-    SMALLEST,
     ClipSeg,
     class_matrix,
     classify,
@@ -20,6 +22,7 @@ from segmentation import (
     energy,
     segment,
     uncertainty,
+    view_of,
 )
 
 PROMPTS = ["a black dog", "a toy robot", "an apple"]
@@ -91,22 +94,50 @@ def test_uncertainty_by_hand() -> None:
     assert uncertainty(single).tolist() == pytest.approx([math.log(4)])
 
 
-def test_the_energy_is_that_of_the_worst_class_where_it_is_purest() -> None:
-    side = 10  # PUREST of 100 pixels are 3
-    assert round(PUREST * side**2) == 3
-    p = torch.zeros(3, side, side)
-    p[0, 0, :5] = 0.9  # alone on five pixels
-    p[1, 1, :3] = torch.tensor([0.8, 0.6, 0.4])
-    p[2, 1, :3] = 0.5  # over the second class
-    p[2, 2, :3] = 0.7
-    # The second: p (1 - p_3), mean of 0.4, 0.3, 0.2; the others are at 0.9 and 0.7.
-    assert energy(p) == pytest.approx(-math.log(0.3))
-    assert energy(p[:2]) == pytest.approx(-math.log(0.6))
-    assert energy(p[:1]) == pytest.approx(-math.log(0.9))
+def logits_of_two_subjects(second: float) -> torch.Tensor:
+    """Two subjects on five pixels each of a hundred; the second one rises by `second`."""
+    assert (round(PUREST * 100), round(EMPTY * 100)) == (3, 20)
+    logits = torch.full((2, 10, 10), -4.0)
+    logits[0, 0, :5] = 4  # rises by 8
+    logits[1, 1, :5] = -4 + second
+    return logits
 
 
-def test_a_class_that_is_not_there_has_the_highest_energy_and_a_pure_picture_none() -> None:
-    p = torch.zeros(2, 10, 10)
-    assert energy(p) == pytest.approx(-math.log(SMALLEST))
-    p[0, :5], p[1, 5:] = 1, 1
-    assert energy(p) == 0
+def test_the_energy_is_what_the_worst_class_lacks_to_stand_out() -> None:
+    assert energy(logits_of_two_subjects(8).sigmoid()) == pytest.approx(0, abs=1e-6)
+    # Half as high: 4 in units of 4^OWN 8^(1 - OWN).
+    weak = energy(logits_of_two_subjects(4).sigmoid())
+    assert weak == pytest.approx(1 - 0.5 ** (1 - OWN), rel=1e-4)
+    missing = energy(logits_of_two_subjects(0).sigmoid())
+    assert missing == pytest.approx(1, abs=0.01)
+    # Both on the same pixels: neither stands out.
+    fused = logits_of_two_subjects(8)
+    fused[1] = fused[0]
+    assert energy(fused.sigmoid()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.3, -0.5), (0.5, -1.0), (2.0, 2.0), (1.0, -3.0)])
+def test_the_energy_has_no_scale(a: float, b: float) -> None:
+    """Another slope and bias of CLIPSeg's logits, and a bias of one class, change nothing."""
+    logits = torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(1)).double()
+    logits[0, :5] += 3
+    logits[1, 8:12] += 2
+    bias = torch.tensor([0.0, 1.5, -1.0])[:, None, None]
+    expected = energy(logits.sigmoid())
+    assert 0.1 < expected < 1
+    assert energy((a * logits + b + bias).sigmoid()) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_single_class_has_nothing_to_compete_with_and_no_map_is_no_number() -> None:
+    assert energy(logits_of_two_subjects(8)[:1].sigmoid()) == 0
+    assert energy(torch.zeros(2, 10, 10)) == pytest.approx(1)
+    assert energy(torch.ones(2, 10, 10)) == pytest.approx(1)
+
+
+def test_of_a_picture_and_its_mirror_image_the_worse_counts() -> None:
+    good, bad = (logits_of_two_subjects(rise).sigmoid() for rise in (8.0, 4.0))
+    picture = Image.new("RGB", (10, 10))
+    alone = view_of(picture, good, 0.1)
+    assert alone.energy == energy(good)
+    for one, other in ((good, bad), (bad, good)):
+        assert replace(view_of(picture, one, 0.1), mirrored=other).energy == energy(bad)

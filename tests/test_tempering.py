@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from families import networks_of
 from loaders import FLOW_SCHEDULERS, OFFLOADS, load_pipeline, place
 from sampling import Sampler
 from segmentation import ClipSeg, View
-from tempering import Painter, State, Tempering, Walk, temper
+from tempering import Painter, Result, State, Tempering, Walk, temper
 
 PROMPTS = ["a black dog", "a toy robot"]
 SEEDED = Tempering(steps=20, stoptime=15, backsteps=5, rounds=1)
@@ -121,7 +122,7 @@ def rng(seed: int) -> torch.Generator:
 def test_renoised_latents_of_every_family_have_the_schedulers_variance(
     family_pipe: DiffusionPipeline, clipseg: ClipSeg
 ) -> None:
-    for k in (0.0, 0.5, 4.0, 1e6):
+    for k in (0.5, 1e6):
         painter = Painter(family_pipe, clipseg, [PROMPTS], replace(SEEDED, k=k))
         shape = (1, painter.sampler.shape[1], 256, 256)
         branch = back_from(painter, torch.full(shape, 2.0), torch.randn(shape, generator=rng(1)))
@@ -136,7 +137,7 @@ def back_from(painter: Painter, x0: torch.Tensor, eps: torch.Tensor) -> Any:
     one = torch.zeros(1, 1)
     view = View(Image.new("RGB", (1, 1)), one[None], one.long(), one, torch.tensor([0.7]))
     state = State(painter.sampler.start([7])[0], 15, x0, eps, view)
-    return painter.propose(Walk(state, state, rng(2), [], []), 5)
+    return painter.propose(Walk(state, state, rng(2), [], []), 5, rng(2))
 
 
 @torch.no_grad()
@@ -230,14 +231,15 @@ def test_a_picture_does_not_depend_on_its_batch(
         assert farthest(alone.image, found.image) <= 1
 
 
-@pytest.mark.parametrize(("stoptime", "backsteps"), [(1, 0), (1, 1), (8, 8), (8, 1), (4, 4)])
 def test_every_legal_stop_and_way_back_runs(
-    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg, stoptime: int, backsteps: int
+    any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
-    settings = Tempering(steps=8, stoptime=stoptime, backsteps=backsteps, rounds=1)
-    result = temper(any_pipe, clipseg, PROMPTS, settings, compare=True)
-    assert result.plain is not None
-    assert farthest(result.plain, diffusers_picture(any_pipe, JOINED, settings, 2024)) <= 1
+    expected = diffusers_picture(any_pipe, JOINED, Tempering(steps=6), 2024)
+    for stoptime, backsteps in ((1, 0), (1, 1), (6, 6), (6, 1), (3, 3)):
+        settings = Tempering(steps=6, stoptime=stoptime, backsteps=backsteps, rounds=1)
+        result = temper(any_pipe, clipseg, PROMPTS, settings, compare=True)
+        assert result.plain is not None
+        assert farthest(result.plain, expected) <= 1, settings
 
 
 ROUNDS = Tempering(steps=8, stoptime=5, backsteps=4, early_look=0, rounds=3, accept=0)
@@ -406,16 +408,15 @@ def test_one_prompt_and_three_prompts_are_tempered(
         assert result.interrupted.matrix.shape == (len(prompts), len(prompts))
 
 
-@pytest.mark.parametrize("preview", ["vae", "linear"])
-def test_offloading_changes_nothing(clipseg: ClipSeg, preview: str) -> None:
-    settings = Tempering(steps=4, stoptime=3, backsteps=1, preview=preview, rounds=1)
-    expected = temper(load_pipeline("pocket", device="cpu"), clipseg, PROMPTS, settings)
-    offloaded = load_pipeline("pocket", device="cpu")
+def test_offloading_changes_nothing(pipe: StableDiffusionPipeline, clipseg: ClipSeg) -> None:
+    offloaded = load_pipeline("pocket", device="cpu", dtype="fp32")
     for part in (offloaded.unet, offloaded.vae):
         cpu_offload(part, "cpu")  # as sequential offload: weights on "meta"
-    found = temper(offloaded, clipseg, PROMPTS, settings)
-    assert farthest(found.image, expected.image) <= 1
-    assert farthest(found.interrupted.image, expected.interrupted.image) <= 1
+    for preview in ("vae", "linear"):
+        settings = Tempering(steps=4, stoptime=3, backsteps=1, preview=preview, rounds=1)
+        expected, found = (temper(each, clipseg, PROMPTS, settings) for each in (pipe, offloaded))
+        assert farthest(found.image, expected.image) <= 1
+        assert farthest(found.interrupted.image, expected.interrupted.image) <= 1
 
 
 @pytest.mark.parametrize("preview", ["vae", "linear"])
@@ -427,11 +428,15 @@ def test_every_family_is_annealed(
     result = temper(
         own_pipe, clipseg, PROMPTS, settings, seed=7, compare=True, progress=reported.append
     )
-    assert [each.step for each in result.rounds] == [settings.stoptime] * settings.rounds
+    assert {each.step for each in result.rounds} == {settings.stoptime}
+    assert len(result.rounds) == settings.rounds
     assert result.interrupted.image.size == result.image.size == (48, 32)
     assert sum(reported) == result.unet_calls
     assert result.plain is not None
     assert farthest(result.plain, diffusers_picture(own_pipe, JOINED, settings, 7)) <= 1
+
+
+OFFLOADED = Tempering(steps=3, stoptime=2, backsteps=1, rounds=2, accept=0)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["alone", "with a LoRA"])
@@ -441,22 +446,30 @@ def test_offloading_changes_nothing_in_any_family(
     family: str, offload: str, lora: bool, clipseg: ClipSeg
 ) -> None:
     """By the hooks that diffusers uses, from the CPU to the CPU: all of it but a GPU's memory."""
-    settings = Tempering(steps=3, stoptime=2, backsteps=1, rounds=2, accept=0)
-    kept, offloaded = tiny.FAMILIES[family](), tiny.FAMILIES[family]()
-    if lora:
-        tensors = tiny.lora(kept)
-        for pipe in (kept, offloaded):
-            pipe.load_lora_weights(dict(tensors))
+    offloaded = with_lora(family) if lora else tiny.FAMILIES[family]()
     if offload == "model":
         place(offloaded, torch.device("cpu"), offload)
     else:  # diffusers would say "cpu:0", which torch takes for another device than "cpu"
         for part in networks_of(offloaded).values():
             cpu_offload(part, "cpu")
         assert offloaded.vae.device.type == "meta"
-    expected = temper(kept, clipseg, PROMPTS, settings, compare=True)
-    found = temper(offloaded, clipseg, PROMPTS, settings, compare=True)
+    found = temper(offloaded, clipseg, PROMPTS, OFFLOADED, compare=True)
+    expected = kept_in_place(family, lora, clipseg)
     for name in ("image", "plain"):
         assert farthest(getattr(found, name), getattr(expected, name)) <= 1
+
+
+def with_lora(family: str) -> Any:
+    pipe = tiny.FAMILIES[family]()
+    pipe.load_lora_weights(tiny.lora(pipe))
+    return pipe
+
+
+@cache
+def kept_in_place(family: str, lora: bool, clipseg: ClipSeg) -> Result:
+    """What the model paints where nothing is offloaded."""
+    pipe = with_lora(family) if lora else tiny.shared(family)
+    return temper(pipe, clipseg, PROMPTS, OFFLOADED, compare=True)
 
 
 def test_the_linear_preview_has_the_colours_of_the_vaes(
@@ -509,6 +522,8 @@ def test_missing_prompts_are_refused(
     [FEW, ROUNDS, replace(ROUNDS, accept=100), replace(EARLY, early_accept=0)],
     ids=["once", "rounds", "good at once", "left early"],
 )
+# A call a step, two, and one more a start.
+@pytest.mark.parametrize("any_pipe", ["euler", "heun", "pndm"], indirect=True)
 def test_a_comparison_tells_what_the_tempered_picture_costs_by_itself(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg, settings: Tempering
 ) -> None:
