@@ -70,6 +70,7 @@ class Sample:
     plain: int  # what a plain one costs
     early: float  # above this energy they were left at the early look
     pictures: tuple[Sampled, ...]
+    cap: float = math.inf  # the `max_cost` by which they walked: who is there has no way to go
 
     @property
     def energies(self) -> list[Energies]:
@@ -162,14 +163,17 @@ def thresholds(sample: Sample, budget: float, max_cost: float, known: Sample) ->
     """The energies to ask for, so that pictures like those of the sample cost `budget` plain ones.
 
     Where the sample was not walked so far, from there on as many fewer of its plain pictures pass
-    as do of `known`, another sample, for the same money.
+    as do of `known`, another sample, for the same money. Nobody knows what becomes of a picture
+    beyond the cap by which it walked.
     """
-    limits, missing = descend(sample, budget, max_cost)
+    limits, missing = descend(sample, budget, min(max_cost, sample.cap))
     if missing is None:
         return limits
     spent = fmean(each.way(sample.early)[-1].cost for each in sample.pictures) / sample.plain
     now, then = (
-        passing(known, Energies(math.inf, descend(known, each, max_cost).limits.last))
+        passing(
+            known, Energies(math.inf, descend(known, each, min(max_cost, known.cap)).limits.last)
+        )
         for each in (spent, budget)
     )
     own = sorted(each.last for each in sample.energies)

@@ -84,7 +84,12 @@ def save(file: Path, calibration: Calibration) -> None:
     """Raises ResourceError."""
     sample = calibration.sample
     pictures = [picture._asdict() for picture in sample.pictures]
-    about = {"of": calibration.origin, "plain": sample.plain, "early": sample.early}
+    about = {
+        "of": calibration.origin,
+        "plain": sample.plain,
+        "cap": sample.cap,
+        "early": sample.early,
+    }
     outputs.save_json(file, {**about, "pictures": pictures})
 
 
@@ -98,8 +103,9 @@ def load(place: Path) -> Calibration:
             raise InputError("it holds no energies")
         if len(pictures) < FEWEST:
             raise InputError(f"it must hold energies of {FEWEST} pictures, got {len(pictures)}")
-        plain, early = whole(stored.get("plain")), real(stored.get("early"))
-        return Calibration(origin, Sample(plain, early, tuple(map(sampled, pictures))))
+        plain = whole(stored.get("plain"))
+        cap, early = real(stored.get("cap")), real(stored.get("early"))
+        return Calibration(origin, Sample(plain, early, tuple(map(sampled, pictures)), cap))
     except InputError as error:
         raise InputError(
             f"--calibration needs the {FILE} of an evaluation, got {place}: {error}"

@@ -370,7 +370,8 @@ class Painter:
 
     def sample(self, pictures: Iterable[Sampled]) -> Sample:
         """The sample of which this painter walks the pictures."""
-        return Sample(self.plain_calls, self.limits.early, tuple(pictures))
+        ways = tuple(pictures)
+        return Sample(self.plain_calls, self.limits.early, ways, self.settings.max_cost)
 
     def missing(self, sample: Sample) -> int | None:
         """Whose next round must be known, for the sample to have spent the budget.

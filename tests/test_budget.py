@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -207,6 +208,14 @@ def test_a_budget_that_was_not_walked_follows_the_ranks_of_another_sample() -> N
     far = Energies(near.early, found[2])
     costs = [cost_of(picture(i), far) for i in range(64)]
     assert mean(costs) / PLAIN == pytest.approx(2.0, rel=0.2)
+
+
+def test_who_stopped_at_the_cap_says_nothing_of_a_higher_one() -> None:
+    """A higher budget has a higher cap; it must not ask for less because of that."""
+    own = replace(sampled(64).walked(3.0, 3.0), cap=3.0)
+    found = [thresholds(own, asked, 3 * asked, own).last for asked in (1.3, 1.5, 2.0, 3.0, 4.0)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[1] > found[2]
 
 
 def test_what_was_walked_too_far_is_cut_and_the_thresholds_stay() -> None:
