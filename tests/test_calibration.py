@@ -209,7 +209,13 @@ def test_a_sample_of_another_model_is_refused(
 def kept(looks: list[Any], count: int = 16) -> str:
     """A calibration.json of pictures that look so."""
     return json.dumps(
-        {"of": {}, "plain": 20, "early": 1, "pictures": [{"looks": looks, "rounds": []}] * count}
+        {
+            "of": {},
+            "plain": 20,
+            "cap": 9,
+            "early": 1,
+            "pictures": [{"looks": looks, "rounds": []}] * count,
+        }
     )
 
 
@@ -306,7 +312,7 @@ def test_the_pockets_own_sample_is_of_these_weights() -> None:
 def test_a_sample_survives_its_file(tmp_path: Path) -> None:
     looks = Stop(False, 0.25, 20, 26), Stop(True, 1 / 7, 20, 32)
     pictures = tuple(Sampled(looks, (Stop(True, i / 7, 32, None),) * i) for i in range(16))
-    mine = Calibration({"steps": 20, "lora": []}, Sample(20, 0.2, pictures))
+    mine = Calibration({"steps": 20, "lora": []}, Sample(20, 0.2, pictures, 9.0))
     calibration.save(tmp_path / calibration.FILE, mine)
     assert calibration.load(tmp_path) == mine
     assert json.loads((tmp_path / calibration.FILE).read_text())["of"]["steps"] == 20
