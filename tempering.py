@@ -38,7 +38,7 @@ from calibration import pockets_own
 from errors import InputError, blaming
 from families import family_of
 from layouts import Box
-from mosaics import Assembled, Mender, Mosaic
+from mosaics import MISSING, Assembled, Mender, Mosaic
 from sampling import Branch, Progress, Sampler, unheard
 from segmentation import ClipSeg, View, embed_prompts, segment, view_of
 from settings import CROWD, Tempering, check_prompts
@@ -59,6 +59,7 @@ class Round:
     step: int  # the look that it came to: `stoptime`, or the early one
     energy: float
     kept: bool
+    regions: int = 0  # how many it painted; 0: the joint picture
 
 
 @dataclass(frozen=True)
@@ -240,9 +241,10 @@ class Painter:
         return auto and self.settings.annealed and self.rounds > JOINT_ROUNDS
 
     def turns(self, walk: Walk) -> bool:
-        """Whether its next round paints what is missing in regions: the joint prompt will not."""
-        late = len(walk.rounds) >= JOINT_ROUNDS
-        return late and self.may_turn and isinstance(walk.kept, State)
+        """Whether its next round paints in regions what the joint prompt does not bring."""
+        tried, kept = len(walk.rounds) >= JOINT_ROUNDS, walk.kept
+        lacks = kept.step < self.settings.stoptime or kept.view.energy > MISSING
+        return tried and lacks and self.may_turn and isinstance(kept, State)
 
     def turned(self, walk: Walk) -> tuple[Mosaic, torch.Generator]:
         """What its next round paints then, and the walk's random stream after that."""
@@ -507,7 +509,8 @@ class Painter:
         found = self.mender.mend(trials, temperatures, generators, self.limits, report)
         for i, ((walk, kept), mended) in enumerate(zip(walks, found, strict=True)):
             changed = mended.state is not kept
-            walk.rounds.append(Round(depths[i], mended.state.step, mended.energy, changed))
+            painted = len(trials[i][0].begun)
+            walk.rounds.append(Round(depths[i], mended.state.step, mended.energy, changed, painted))
             walk.branches += mended.begun
             walk.generator, walk.kept = generators[i], mended.state
 
@@ -738,7 +741,8 @@ def settle(walk: Walk, proposed: Sequence[Seen], backsteps: int, temperature: fl
         best.step == walk.kept.step
         and keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
     )
-    walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept))
+    regions = 0 if isinstance(best, State) else len(best.mosaic.cells)
+    walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept, regions))
     begun = (branch for state in proposed for branch in state.branches)
     walk.branches = list(dict.fromkeys([*walk.branches, *begun]))  # a ground is there already
     if kept:

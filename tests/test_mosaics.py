@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from pictures import farthest
 
 import mosaics
+import tempering
 from budget import Energies
 from layouts import Box
 from mosaics import Assembled
@@ -161,15 +162,19 @@ def spread(image: object) -> int:
 
 
 def test_auto_paints_regions_after_some_rounds_by_the_joint_prompt(
-    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(LAID, layout="auto", rounds=JOINT_ROUNDS, preview="vae")
     joint = temper(pipe, clipseg, PROMPTS, settings, seed=8)
     assert joint.regions == (None, None, None)
     expected = temper(pipe, clipseg, PROMPTS, replace(settings, layout="joint"), seed=8)
     assert farthest(joint.image, expected.image) == 0
-    more = temper(pipe, clipseg, PROMPTS, replace(settings, rounds=12, max_cost=12), seed=8)
+    on = replace(settings, rounds=5, max_cost=12)
+    assert not any(temper(pipe, clipseg, PROMPTS, on, seed=8).regions)  # nothing is missing
+    monkeypatch.setattr(tempering, "MISSING", 0.0)  # everything is
+    more = temper(pipe, clipseg, PROMPTS, on, seed=8)
     assert more.rounds[:JOINT_ROUNDS] == joint.rounds
+    assert [each.regions > 0 for each in more.rounds] == [False, False, True, True, True]
     assert any(more.regions) and not all(more.regions)  # what was seen kept its place
     assert more.kept is not None and joint.kept is not None
     assert more.kept.energy < joint.kept.energy

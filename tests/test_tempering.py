@@ -242,7 +242,9 @@ def test_every_legal_stop_and_way_back_runs(
         assert farthest(result.plain, expected) <= 1, settings
 
 
-ROUNDS = Tempering(steps=8, stoptime=5, backsteps=4, early_look=0, rounds=3, accept=0)
+ROUNDS = Tempering(
+    steps=8, stoptime=5, backsteps=4, early_look=0, rounds=3, accept=0, layout="joint"
+)
 
 
 def test_a_picture_that_is_good_enough_is_the_plain_one_and_costs_no_more(
