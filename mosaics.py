@@ -30,6 +30,7 @@ Look = Callable[[Sequence[Tensor], Sequence[int]], list[View]]  # at x0s, with t
 MISSING = 0.5
 KEPT = 0.5  # of the worst one's energy: what a subject of a joint picture has that keeps its place
 PLAIN = 0.65  # the grey of a ground that nothing paints, in -1..1: light, so that all stands out
+MARGIN = 1 / 16  # of a picture's side: what belongs to a subject around what CLIPSeg sees of it
 TAKEN = 0.1  # the probability of a subject, on average over a place, from which it has the place
 
 
@@ -284,6 +285,24 @@ class Mender:
             clean = self.joint.prediction(ground.branch, guidance_scale)[0]
         parts = [self.alone.prediction(each, guidance_scale)[0] for each in mosaic.painted]
         return compose(clean, [cell.region for cell in mosaic.cells], parts)
+
+    def cut_out(self, seen: Assembled) -> Mosaic:
+        """The mosaic with regions that are no larger than what CLIPSeg sees of their subjects.
+
+        What is around them is the ground's from here on: one background instead of as many as
+        there are cells. A subject that is not seen keeps all of its region.
+        """
+        size = (self.joint.shape[-2], self.joint.shape[-1])
+        cells = []
+        for cell in seen.mosaic.cells:
+            own = (seen.view.labels == cell.subject)[None, None].float()
+            there = F.adaptive_max_pool2d(own, size)
+            reach = max(1, round(MARGIN * min(size)))
+            grown = F.max_pool2d(there, 2 * reach + 1, stride=1, padding=reach)
+            region = cell.region.without(1 - grown)
+            branch = self.framed(cell.branch, region, cell.around)
+            cells.append(replace(cell, region=region, branch=branch))
+        return replace(seen.mosaic, cells=tuple(cells))
 
     def finish(self, mosaics: Sequence[Mosaic], report: Progress = unheard) -> list[Branch]:
         """Denoise to the end: the cells alone, and the last `harmonise` steps as one picture."""

@@ -446,7 +446,9 @@ class Painter:
 
     def finish(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
         """The branches of what walks keep; cells are one picture by then."""
-        mosaics = [walk.kept.mosaic for walk in walks if isinstance(walk.kept, Assembled)]
+        laid = [walk.kept for walk in walks if isinstance(walk.kept, Assembled)]
+        looked = self.settings.annealed
+        mosaics = [self.mender.cut_out(each) if looked else each.mosaic for each in laid]
         whole = iter(self.mender.finish(mosaics, report) if mosaics else [])
         finished = []
         for walk in walks:

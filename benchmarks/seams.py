@@ -91,7 +91,7 @@ def seam(view: View, boxes: Sequence[Box]) -> float | None:
 
     None where no background is to be seen at a border, or it is flat.
     """
-    pixels = as_tensor(np.asarray(view.image)[None])[0]  # (3, H, W)
+    pixels = as_tensor(np.array(view.image)[None])[0]  # (3, H, W)
     size = (pixels.shape[-2], pixels.shape[-1])
     labels = torch.zeros(size, dtype=torch.int64)
     for number, mask in enumerate(masks_of(tuple(boxes), len(boxes), size), start=1):
