@@ -30,7 +30,6 @@ Look = Callable[[Sequence[Tensor], Sequence[int]], list[View]]  # at x0s, with t
 MISSING = 0.5
 KEPT = 0.5  # of the worst one's energy: what a subject of a joint picture has that keeps its place
 PLAIN = 0.65  # the grey of a ground that nothing paints, in -1..1: light, so that all stands out
-MARGIN = 1 / 16  # of a picture's side: what belongs to a subject around what CLIPSeg sees of it
 TAKEN = 0.1  # the probability of a subject, on average over a place, from which it has the place
 
 
@@ -162,6 +161,11 @@ class Mender:
         )
         return Mosaic(row, self.count, ground, tuple(cells))
 
+    @property
+    def background(self) -> int:
+        """The row of the background's text."""
+        return len(self.alone.conditionings[0]["encoder_hidden_states"]) - 1
+
     @cached_property
     def plain(self) -> Ground:
         """A ground that nothing paints."""
@@ -171,9 +175,8 @@ class Mender:
         """A ground for each picture: by the background's prompt up to the last look, or plain."""
         if not self.settings.background_prompt:
             return [self.plain] * len(generators)
-        text = len(self.alone.conditionings[0]["encoder_hidden_states"]) - 1
         whole = self.plain.clean
-        branches = [self.of_noise(text, whole, forked(each)) for each in generators]
+        branches = [self.of_noise(self.background, whole, forked(each)) for each in generators]
         self.alone.denoise(branches, self.settings.stoptime, report)
         scale = self.settings.guidance_scale
         return [
@@ -286,39 +289,22 @@ class Mender:
         parts = [self.alone.prediction(each, guidance_scale)[0] for each in mosaic.painted]
         return compose(clean, [cell.region for cell in mosaic.cells], parts)
 
-    def cut_out(self, seen: Assembled) -> Mosaic:
-        """The mosaic with regions that are no larger than what CLIPSeg sees of their subjects.
-
-        What is around them is the ground's from here on: one background instead of as many as
-        there are cells. A subject that is not seen keeps all of its region.
-        """
-        size = (self.joint.shape[-2], self.joint.shape[-1])
-        cells = []
-        for cell in seen.mosaic.cells:
-            own = (seen.view.labels == cell.subject)[None, None].float()
-            there = F.adaptive_max_pool2d(own, size)
-            reach = max(1, round(MARGIN * min(size)))
-            grown = F.max_pool2d(there, 2 * reach + 1, stride=1, padding=reach)
-            region = cell.region.without(1 - grown)
-            branch = self.framed(cell.branch, region, cell.around)
-            cells.append(replace(cell, region=region, branch=branch))
-        return replace(seen.mosaic, cells=tuple(cells))
-
     def finish(self, mosaics: Sequence[Mosaic], report: Progress = unheard) -> list[Branch]:
         """Denoise to the end: the cells alone, and the last `harmonise` steps as one picture."""
         self.denoise(mosaics, self.end, report)
         whole = [self.joined(mosaic) for mosaic in mosaics]
-        self.joint.denoise(whole, self.settings.steps, report)
+        self.alone.denoise(whole, self.settings.steps, report)
         return whole
 
     def joined(self, mosaic: Mosaic) -> Branch:
         """The branch of the whole picture, from where its parts have come."""
-        branch = self.joint.branch(mosaic.row, self.end, mosaic.cells[0].branch.generator)
+        generator = mosaic.cells[0].branch.generator
+        branch = self.alone.branch(self.background, self.end, generator)
         ground = mosaic.ground.clean
         if mosaic.ground.branch:
             ground = mosaic.ground.branch.latents
         elif len(branch.timesteps):
-            noise = self.joint.noise(ground.shape, branch.generator, torch.float32)
+            noise = self.joint.noise(ground.shape, generator, torch.float32)
             ground = noised_to(branch, ground, noise)
         latents = [each.latents for each in mosaic.painted]
         whole = compose(ground, [cell.region for cell in mosaic.cells], latents)

@@ -446,9 +446,7 @@ class Painter:
 
     def finish(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
         """The branches of what walks keep; cells are one picture by then."""
-        laid = [walk.kept for walk in walks if isinstance(walk.kept, Assembled)]
-        looked = self.settings.annealed
-        mosaics = [self.mender.cut_out(each) if looked else each.mosaic for each in laid]
+        mosaics = [walk.kept.mosaic for walk in walks if isinstance(walk.kept, Assembled)]
         whole = iter(self.mender.finish(mosaics, report) if mosaics else [])
         finished = []
         for walk in walks:
