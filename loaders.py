@@ -278,7 +278,7 @@ def _taesd_source(source: Path, layout: Layout, preview: str, offline: bool) -> 
             return None
         raise InputError(f"--preview taesd must not be given with the pocket; {TAESD.instead}")
     try:
-        return hub.fetch(layout.taesd, TAESD, offline)
+        return hub.fetch(layout.taesd, TAESD, offline, patient=preview != AUTO)
     except ModelError:
         if preview == AUTO:
             return None
