@@ -186,10 +186,14 @@ def place(
     pipe: DiffusionPipeline, device: torch.device, offload: str | None = None
 ) -> DiffusionPipeline:
     """The pipeline on its device; of an `offload` only what runs there, a picture at a time."""
+    import torch
+
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
         if tiny := getattr(pipe, "taesd", None):  # no part of diffusers' pipeline, and
             tiny.to(device)  # too small to be worth offloading
+            if device.type == "cpu":
+                tiny.to(memory_format=torch.channels_last)  # in which a CPU is faster at it
         if offload is None:
             return pipe.to(device)
         pipe.vae.enable_slicing()
@@ -296,8 +300,7 @@ def _taesd(source: Path, pipe: DiffusionPipeline, preview: str) -> Any | None:
     found = config.latent_channels, 2 ** (len(config.num_decoder_blocks) - 1)
     needed = vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1)
     if found == needed:
-        # A CPU runs it in this order in a fraction of the time; nothing else looks at its weights.
-        return tiny.eval().to(memory_format=torch.channels_last)
+        return tiny.eval()
     if preview == AUTO:
         return None
     (channels, factor), (own_channels, own_factor) = found, needed
