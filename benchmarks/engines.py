@@ -32,18 +32,21 @@ Paint = Callable[[Seconds], None]  # notes the seconds of every call, by part
 
 
 def optimum_intel(folder: Path, steps: int, size: int, now: Callable[[], float]) -> Paint:
-    """OVStableDiffusionPipeline, converted before and kept; loads and compiles."""
+    """OVStableDiffusionPipeline, converted before and kept; compiled for the size, as it advises."""
     import torch
     from optimum.intel import OVStableDiffusionPipeline
 
     kept = folder / "optimum-intel"
     pipe = OVStableDiffusionPipeline.from_pretrained(
         kept,
+        compile=False,
         ov_config={
             "INFERENCE_PRECISION_HINT": "bf16",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         },
     )
+    pipe.reshape(batch_size=1, height=size, width=size, num_images_per_prompt=1)
+    pipe.compile()
     pipe.set_progress_bar_config(disable=True)
 
     def paint(seconds: Seconds) -> None:
