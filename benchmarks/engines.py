@@ -4,7 +4,7 @@
 
 PYTHON is that of an environment which has the engine: pip's "optimum-intel[openvino]" or
 stable-diffusion-cpp-python. FOLDER is what `benchmarks.speed --keep` has left. Prints JSON.
-Nothing of this program needs to run there. Not verified: neither engine has been run by this yet.
+Nothing of this program needs to run there.
 """
 
 from __future__ import annotations
