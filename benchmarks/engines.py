@@ -4,7 +4,8 @@
 
 PYTHON is that of an environment which has the engine: pip's "optimum-intel[openvino]" or
 stable-diffusion-cpp-python. FOLDER is what `benchmarks.speed --keep` has left. Prints JSON.
-Nothing of this program needs to run there.
+Nothing of this program needs to run there. Not verified: optimum-intel in bf16 at full size; of a
+model of tiny sizes OpenVINO dies there.
 """
 
 from __future__ import annotations
