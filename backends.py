@@ -230,6 +230,8 @@ class Engine:
         import openvino
 
         assert self._network is not None
+        # Of bf16 in another order OpenVINO keeps the address of a copy that is gone by then.
+        self._network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         traced = _Traced(self._network, self._call, list(given), self._dtype).eval()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of whatever a trace takes for a constant

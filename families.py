@@ -206,6 +206,7 @@ class Family(ABC):
         """
         ways = {
             "taesd": self._decode_tinily,
+            "taesd-half": self._decode_half_tinily,
             "vae": self.decode,
             "half": self._decode_half,
             "linear": self._decode_linearly,
@@ -214,10 +215,10 @@ class Family(ABC):
 
     def preview_for(self, shape: Sequence[int]) -> str:
         """The best preview that there is for latents of this shape, as named in `previews`."""
+        halved = min(shape[-2:]) * self.pipe.vae_scale_factor >= HALVED_FROM
         if self.taesd is not None:
-            return "taesd"
-        side = min(shape[-2:]) * self.pipe.vae_scale_factor
-        return "half" if side >= HALVED_FROM else "vae"
+            return "taesd-half" if halved else "taesd"
+        return "half" if halved else "vae"
 
     @property
     def taesd(self) -> Any | None:
@@ -228,15 +229,21 @@ class Family(ABC):
         pixels = decoded(self.taesd, latents, self.device)
         return self._pictures(pixels, {"tiny decoder": self.taesd})
 
+    def _decode_half_tinily(self, latents: Tensor) -> list[Image.Image]:
+        pixels = self._decoded_half(self.taesd, latents)
+        return self._pictures(pixels, {"tiny decoder": self.taesd})
+
     def _decode_half(self, latents: Tensor) -> list[Image.Image]:
-        """By the VAE on latents of half the side, at a quarter of its cost."""
+        with self._decoder() as vae:
+            return self._pictures(self._decoded_half(vae, latents))
+
+    def _decoded_half(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pixels of latents of half the side, at a quarter of the cost, enlarged to full size."""
         height, width = latents.shape[-2:]
         half = F.interpolate(latents.float(), size=(-(-height // 2), -(-width // 2)), mode="area")
         factor = self.pipe.vae_scale_factor
-        with self._decoder() as vae:
-            pixels = decoded(vae, half, self.device)
-        size = (height * factor, width * factor)
-        return self._pictures(F.interpolate(pixels.float(), size=size, mode="bilinear"))
+        pixels = decoded(vae, half, self.device).float()
+        return F.interpolate(pixels, size=(height * factor, width * factor), mode="bilinear")
 
     def _decode_linearly(self, latents: Tensor) -> list[Image.Image]:
         """By a linear map instead of the VAE: blurred, at hardly any cost."""

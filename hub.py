@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ POCKET = "pocket"
 Admit = Callable[[Layout], object]  # is told what a model is before it is fetched; may raise
 
 _CONTACT_SECONDS = 10  # how long the Hub may take to answer for the first time
+_BRIEF_SECONDS = 3  # the same where what is asked for can be done without, all in all
 _PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before a busy Hub or a broken line is tried again
 # Compiled where it is used: not every start needs it.
 _HUB_ID = r"(?a:(?!.*(--|\.\.))(\w[\w.-]{0,95}/)?\w([\w.-]{0,94}\w)?)"
@@ -171,17 +173,22 @@ def locate(text: str, kind: Kind, offline: bool, admit: Admit = anything) -> Pat
     return path
 
 
-def fetch(repo: str, kind: Kind, offline: bool, admit: Admit = anything) -> Path:
-    """The folder of `repo` in the Hub's cache; the Hub is asked only for what is not there."""
+def fetch(
+    repo: str, kind: Kind, offline: bool, admit: Admit = anything, *, patient: bool = True
+) -> Path:
+    """The folder of `repo` in the Hub's cache; the Hub is asked only for what is not there.
+
+    If not `patient`, it is asked once, and has three seconds to say what it has.
+    """
     if cached := _cached(repo, kind):
         admit(layout_of(cached, kind))
         return cached
-    info = _info(repo, kind, offline)
+    info = _info(repo, kind, offline, patient)
     config, key = info.config or {}, kind.marker[1]
     found = config.get(key) or (config.get("diffusers") or {}).get(key)
     names = {file.rfilename for file in info.siblings or ()}
     if found is None and kind.marker[0] in names:  # the Hub does not say it of every model
-        found = marked(_download(repo, [kind.marker[0]], kind), kind).get(key)
+        found = marked(_download(repo, [kind.marker[0]], kind, patient), kind).get(key)
 
     def holds(part: str) -> bool:
         return any(name.startswith(f"{part}/") for name in names)
@@ -192,7 +199,7 @@ def fetch(repo: str, kind: Kind, offline: bool, admit: Admit = anything) -> Path
     layout = layout.holding(holds)
     admit(layout)
     try:
-        folder = _download(repo, layout.patterns, kind)
+        folder = _download(repo, layout.patterns, kind, patient)
     except _UnreachableError as error:  # not a reason to run another model: it was there
         text = f"the download of {repo} broke off, {error.reason}; run again to go on"
         raise ModelError(text) from error
@@ -208,7 +215,7 @@ def files_of(repo: str, kind: Kind, offline: bool) -> list[str]:
     return here or [file.rfilename for file in _info(repo, kind, offline).siblings or ()]
 
 
-def _info(repo: str, kind: Kind, offline: bool) -> Any:
+def _info(repo: str, kind: Kind, offline: bool, patient: bool = True) -> Any:
     """What the Hub says of a model."""
     from huggingface_hub import HfApi
 
@@ -219,7 +226,8 @@ def _info(repo: str, kind: Kind, offline: bool) -> Any:
         lambda: HfApi().model_info(repo, timeout=_CONTACT_SECONDS),
         repo,
         kind,
-        worth_it=lambda error: error.busy,  # without a network it is known at once
+        worth_it=lambda error: patient and error.busy,  # without a network it is known at once
+        within=None if patient else _BRIEF_SECONDS,
     )
 
 
@@ -240,13 +248,13 @@ def _snapshot(repo: str) -> Path | None:
         return None
 
 
-def _download(repo: str, patterns: list[str], kind: Kind) -> Path:
+def _download(repo: str, patterns: list[str], kind: Kind, patient: bool) -> Path:
     """The folder of `repo` in the Hub's cache, with the files that match one of the patterns."""
     from huggingface_hub import snapshot_download
 
     ask = partial(snapshot_download, repo, allow_patterns=patterns)
     try:
-        return Path(_patiently(ask, repo, kind))
+        return Path(_patiently(ask, repo, kind, worth_it=lambda error: patient))
     except KeyboardInterrupt:
         to_stderr("")  # the client's bar stands there
         raise
@@ -256,28 +264,33 @@ def _patiently(
     ask: Callable[[], Any],
     repo: str,
     kind: Kind,
-    worth_it: Callable[[_UnreachableError], bool] = lambda error: True,
+    worth_it: Callable[[_UnreachableError], bool],
+    within: int | None = None,
 ) -> Any:
     """What the Hub's client gives; asked again where a Hub is out of reach and it is `worth_it`.
 
+    `within` seconds, if that is given, whatever a name server and a dead line take together.
     The client keeps the files that are complete, and takes up a body that ends early, but gives up
     at a reset connection, a time-out, and at most of what a busy Hub answers.
     """
     for pause in _PAUSES:
         try:
             with _hub_errors(repo, kind):
-                return _aside(ask)
+                return _aside(ask, within)
         except _UnreachableError as error:
             if not worth_it(error):
                 raise
             to_stderr(f"{repo}: {error.reason}; trying again in {pause} s")
         time.sleep(pause)
     with _hub_errors(repo, kind):
-        return _aside(ask)
+        return _aside(ask, within)
 
 
-def _aside(ask: Callable[[], Any]) -> Any:
-    """What `ask` gives, or raises, in a thread of its own: a signal waits for no dead line."""
+def _aside(ask: Callable[[], Any], within: int | None) -> Any:
+    """What `ask` gives, or raises, in a thread of its own: a signal waits for no dead line.
+
+    Raises TimeoutError if it takes longer than `within` seconds.
+    """
     future: Future[Any] = Future()
 
     def answer() -> None:
@@ -288,9 +301,11 @@ def _aside(ask: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
-    while thread.is_alive():
+    for _ in count() if within is None else range(within):
         thread.join(1)  # second: Windows hears of a Ctrl-C between two waits only
-    return future.result()
+        if not thread.is_alive():
+            return future.result()
+    raise TimeoutError(f"no answer within {within} s")
 
 
 @contextmanager

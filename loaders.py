@@ -40,7 +40,7 @@ from kinds import (
     shapes_of,
 )
 from loras import Lora
-from settings import AUTO, BACKENDS, PREDICTION_TYPES
+from settings import AUTO, BACKENDS, BY_TAESD, PREDICTION_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +113,7 @@ def load_pipeline(
     Each `lora` is a name, or a name and its weight behind a colon. Without `t5` Stable Diffusion 3
     leaves that text encoder out. `scheduler` None is Euler's, or LCM's for a model distilled to it;
     `prediction_type` None is what the model itself says. `preview` is the setting of that name: for
-    "taesd" and, where it can be had, for "auto" the pipeline gets a tiny decoder, `taesd`.
+    those by a tiny decoder and, where it can be had, for "auto" the pipeline gets one, `taesd`.
     `backend` "openvino" lets OpenVINO run the networks that take the time, as they are now: a LoRA
     that is loaded later changes nothing. `compiled` lets torch compile the denoiser. `sizes` are
     what it is to paint: what its family does not is refused here. `dtype` and `device` are names as
@@ -186,10 +186,14 @@ def place(
     pipe: DiffusionPipeline, device: torch.device, offload: str | None = None
 ) -> DiffusionPipeline:
     """The pipeline on its device; of an `offload` only what runs there, a picture at a time."""
+    import torch
+
     # Not under _loading: what a device refuses is no fault of the weights.
     with memory_errors():
         if tiny := getattr(pipe, "taesd", None):  # no part of diffusers' pipeline, and
             tiny.to(device)  # too small to be worth offloading
+            if device.type == "cpu":
+                tiny.to(memory_format=torch.channels_last)  # in which a CPU is faster at it
         if offload is None:
             return pipe.to(device)
         pipe.vae.enable_slicing()
@@ -268,7 +272,7 @@ def _taesd_source(source: Path, layout: Layout, preview: str, offline: bool) -> 
 
     None where the preview does not want it, or where "auto" has to do without.
     """
-    if preview not in (AUTO, "taesd"):
+    if preview not in (AUTO, *BY_TAESD):
         return None
     own = source / OWN_TAESD
     if own.is_dir() and not fault_of_folder(own, TAESD):
@@ -276,9 +280,9 @@ def _taesd_source(source: Path, layout: Layout, preview: str, offline: bool) -> 
     if hub.name_of(source) == hub.POCKET:
         if preview == AUTO:
             return None
-        raise InputError(f"--preview taesd must not be given with the pocket; {TAESD.instead}")
+        raise InputError(f"--preview {preview} must not be given with the pocket; {TAESD.instead}")
     try:
-        return hub.fetch(layout.taesd, TAESD, offline)
+        return hub.fetch(layout.taesd, TAESD, offline, patient=preview != AUTO)
     except ModelError:
         if preview == AUTO:
             return None
@@ -388,6 +392,7 @@ def load_clipseg(
         clipseg = _network(segmenter, "CLIPSeg", source, source, precision)
         processor = transformers.CLIPSegProcessor.from_pretrained(source, local_files_only=True)
         _check_words(processor.tokenizer, clipseg.config.text_config)
+        _leave_out_layers(clipseg)
     with memory_errors():
         network = clipseg.to(target).eval()
         if backend == OPENVINO:
@@ -395,6 +400,12 @@ def load_clipseg(
 
             backends.convert_clipseg(network, notice)
         return ClipSeg(network, processor)
+
+
+def _leave_out_layers(clipseg: Any) -> None:
+    """Cut CLIPSeg's vision tower behind the last layer that its decoder reads: two of twelve."""
+    encoder = clipseg.clip.vision_model.encoder
+    encoder.layers = encoder.layers[: max(clipseg.config.extract_layers) + 1]
 
 
 def load_judge(

@@ -232,10 +232,11 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "preview": (
             {"choices": PREVIEWS},
             "how the interrupted latents become a picture for CLIPSeg: by a tiny decoder (taesd, "
-            "fetched with the model), by the VAE, by the VAE on half the side, or by a linear map, "
-            "in which CLIPSeg sees little: on the pocket 2.5 times the U-Net calls for fewer good "
-            "pictures; auto is taesd where it is there, else half, below 512 pixels vae; taesd and "
-            "half are not verified on Stable Diffusion itself",
+            "fetched with the model), by the VAE, by either on half the side (taesd-half, half), "
+            "or by a linear map, in which CLIPSeg sees little: on the pocket 2.5 times the U-Net "
+            "calls for fewer good pictures; auto is taesd-half where the tiny decoder is there, "
+            "else half, below 512 pixels taesd or vae; none of taesd, taesd-half and half is "
+            "verified on Stable Diffusion itself",
         ),
     },
     "models": {

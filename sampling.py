@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from errors import InputError, blaming, one_line
 from families import Family, clean_and_noise
 from memory import trim_heap
-from settings import AUTO, Tempering
+from settings import AUTO, BY_TAESD, Tempering
 
 # Is called with the number of denoiser calls just made; a part of a picture makes a part of one.
 Progress = Callable[[float], object]
@@ -62,8 +62,10 @@ class Sampler:
     def __init__(self, family: Family, prompts: Sequence[str], settings: Tempering) -> None:
         if settings.guidance_scale is None:
             settings = replace(settings, guidance_scale=family.guidance_scale)
-        if settings.preview == "taesd" and family.taesd is None:
-            raise InputError("preview taesd needs a tiny decoder in the pipeline's taesd, got none")
+        if settings.preview in BY_TAESD and family.taesd is None:
+            raise InputError(
+                f"preview {settings.preview} needs a tiny decoder in the pipeline's taesd, got none"
+            )
         self.family = family
         self.settings = settings
         with torch.no_grad(), blaming("the text encoder"):

@@ -10,7 +10,6 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
@@ -196,6 +195,8 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) ->
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    import matplotlib  # not above: no picture waits for it
+
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")  # the same font on every machine
     return ImageFont.truetype(str(folder / f"DejaVuSans{'-Bold' if bold else ''}.ttf"), size)
 

@@ -96,7 +96,7 @@ def painting_beside_its_models(count: int) -> dict[str, float]:
         words = ["--evaluate", "--model", "pocket", "--device", "cpu", "--output", place]
         request = to_request(parse(words))
         session = open_session(request)
-        clock = Clock(Loaded(session.pipe, session.painter.clipseg, lambda: None))
+        clock = Clock(Loaded(session.pipe, session.painter.clipseg, lambda _: None))
         records = Records(Path(place), asked[:: max(1, len(asked) // count)][:count], range(1))
         begun = time.perf_counter()
         for row in painting.paint(session, records, records.keys, painting.Batch(1, CPU), {}):

@@ -17,7 +17,8 @@ from benchmarks.architecture import (
     save,
     skeleton,
 )
-from benchmarks.speed import MODELS, measure, table, verdict
+from benchmarks.speed import ANYTHING, MODELS, measure, of_diffusers, table, verdict
+from benchmarks.speed import Part as Taken
 from hub import check
 from kinds import MODEL
 from kinds import SEGMENTER as CLIPSEG
@@ -141,21 +142,41 @@ def test_the_weights_are_the_same_each_time(folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_measurement_accounts_for_every_call(folder: Path) -> None:
-    settings = Tempering(steps=4, stoptime=3, backsteps=1, rounds=1, height=64, width=64)
+    settings = Tempering(
+        steps=4,
+        stoptime=3,
+        early_look=2,
+        accept=ANYTHING,
+        early_accept=ANYTHING,
+        height=64,
+        width=64,
+    )
     found = measure("tempering", folder, settings)
     calls = {name: part.calls for name, part in found.parts.items()}
-    # CLIPSeg: the prompts' text, then one picture through its tower and its decoder. XL has zeros
+    # CLIPSeg: the prompts' text, then each picture through its tower and its decoder. XL has zeros
     # in place of a negative prompt that was not given.
     texts = {"v1-4": 2, "xl": 2, "3.5-medium": 4}[folder.name]
-    expected = {"denoiser": 5, "vae": 1, "preview": 1, "text_encoder": texts, "clipseg": 3}
-    assert calls == expected
+    expected = {"denoiser": 4, "vae": 1, "preview": 2, "clipseg": 4, "clipseg_text": 1}
+    assert calls == {**expected, "text_encoder": texts, "look": 2}
     assert found.plain > 20 * found.parts["denoiser"].median > 0
-    assert found.look > found.parts["preview"].median
+    assert found.parts["look"].seconds > found.parts["preview"].seconds
+    assert found.further_look == found.parts["look"].seconds - found.parts["look"].first
+    assert found.content > 1 + found.parts["look"].seconds / found.plain
     assert all(part.seconds >= part.median > 0 for part in found.parts.values())
     assert 0 < found.rest < 1
     assert found.peak > 10**8
-    theirs = measure("diffusers, bf16", folder, settings)
-    assert theirs.parts["denoiser"].calls == 4 + (folder.name == "v1-4")  # PNDM's one more
-    ours = replace(found, dtype=theirs.dtype)
-    assert "| diffusers, bf16 | bfloat16 |" in table([theirs, ours])
-    assert f"{ours.peak / theirs.peak:.3f} times diffusers'" in verdict([theirs, ours])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_diffusers_is_measured_in_the_precision_of_the_program(folder: Path, dtype: str) -> None:
+    settings = Tempering(steps=2, stoptime=1, rounds=1, height=64, width=64)
+    names = of_diffusers(folder.name, dtype)
+    assert ("diffusers, as it comes" in names) == (folder.name == "v1-4" or dtype == "float32")
+    found = [measure(name, folder, settings) for name in names]
+    assert [each.dtype for each in found][-1] == dtype
+    theirs = found[-1]
+    assert theirs.parts["denoiser"].calls == 2 + (folder.name == "v1-4")  # PNDM's one more
+    assert f"| {theirs.variant} | {dtype} |" in table(found)
+    look = Taken(2, 0.5, 0.25, 0.3)
+    ours = replace(theirs, variant="tempering", parts={**theirs.parts, "look": look})
+    assert "1.000 times diffusers'" in verdict([*found, ours])

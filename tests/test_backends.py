@@ -86,6 +86,17 @@ def test_clipseg_sees_the_same(
 
 
 @torch.no_grad()
+def test_weights_that_lie_in_another_order_are_the_same(notices: list[str]) -> None:
+    decoder = tiny.taesd().decoder.to(torch.bfloat16)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = decoder.float()(latents)
+    coarse = decoder.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    by_openvino = backends.Decoder("the tiny decoder", coarse, torch.bfloat16, notices.append)
+    found = by_openvino(latents.bfloat16()).float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@torch.no_grad()
 def test_bfloat16_is_no_coarser_than_torchs(
     pipe: StableDiffusionPipeline, notices: list[str]
 ) -> None:

@@ -168,13 +168,31 @@ def test_half_the_side_shows_the_same_picture_in_the_same_size(
     assert farthest(whole, half) > 8
 
 
+@torch.no_grad()
+def test_half_the_side_by_the_tiny_decoder_is_its_picture_of_half_the_latents() -> None:
+    pipe = shared("sd2")
+    pipe.taesd = taesd()
+    family = family_of(pipe)
+    small = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    try:
+        by_small = family.previews(small, "taesd")[0]
+        found, whole = (family.previews(large, by)[0] for by in ("taesd-half", "taesd"))
+    finally:
+        del pipe.taesd
+    assert found.size == whole.size == (48, 32)
+    assert farthest(found, by_small.resize(whole.size, Image.Resampling.BILINEAR)) <= 1
+    assert farthest(found, whole) > 8
+
+
 def test_the_best_preview_is_the_tiny_decoders_or_else_follows_the_size() -> None:
     pipe = shared("sd2")  # a latent is two pixels wide
     family = family_of(pipe)
     assert [family.preview_for((1, 4, side, 400)) for side in (255, 256)] == ["vae", "half"]
     pipe.taesd = taesd()
     try:
-        assert [family.preview_for((1, 4, side, 400)) for side in (255, 256)] == ["taesd"] * 2
+        found = [family.preview_for((1, 4, side, 400)) for side in (255, 256)]
+        assert found == ["taesd", "taesd-half"]
     finally:
         del pipe.taesd
 

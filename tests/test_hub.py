@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -257,6 +258,40 @@ def test_without_the_tiny_decoder_auto_does_with_the_vae_and_taesd_is_one_line(
         f"times, the model's VAE 16 and 2{instead}"
     )
     assert unfit == {"error": 1, "text": text}
+
+
+def test_auto_asks_a_busy_hub_for_the_tiny_decoder_once(
+    hub: Hub, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.repositories[TAESD_HUB] = taesd_files(tmp_path / "taesd")
+    environment = hub.environment(tmp_path / "home")
+
+    def load(preview: str) -> Any:
+        return child(LOAD_TAESD.strip(), environment, tiny_folders["sd2"], preview, "")
+
+    hub.answer_busy(TAESD_HUB, 503, times=2)
+    assert (load("auto")["answer"], len(hub.requests)) == (None, 1)
+    by_name = load("taesd")
+    assert by_name["answer"]
+    assert by_name["pauses"] == [1]
+
+
+def test_auto_waits_seconds_for_a_hub_that_says_nothing(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    code = """
+    import time
+    taken = []
+    for preview in ("vae", "vae", "auto"):  # the first time imports
+        begun = time.monotonic()
+        pipe = load_pipeline(sys.argv[1], dtype="fp32", preview=preview)
+        taken.append(time.monotonic() - begun)
+    answer = pipe.taesd, taken[2] - taken[1]"""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        environment = hub_environment(f"http://127.0.0.1:{mute.getsockname()[1]}", tmp_path)
+        tiny_decoder, longer = child(code.strip(), environment, tiny_folders["sd2"])["answer"]
+    assert tiny_decoder is None
+    assert 2 < longer < 9  # seconds; a model that is needed is waited for longer
 
 
 def test_a_lender_behind_terms_is_named_with_what_helps(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from conftest import put_into
 from diffusers import EDMDPMSolverMultistepScheduler
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from loopback import Hub, ask, child, files_of, hub
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPSegForImageSegmentation
 
 import loaders
 from benchmarks.originals import single_file
@@ -40,6 +43,7 @@ from loaders import (
     scheduler_of,
     set_scheduler,
 )
+from segmentation import embed_prompts, segment
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -434,11 +438,28 @@ def test_pocket_is_ready_exact_and_named(pocket: StableDiffusionPipeline) -> Non
     assert clipseg.processor.image_processor.size["height"] == own["size"]["height"]
 
 
-def test_a_tiny_decoder_that_the_pocket_has_not_is_refused() -> None:
+@pytest.mark.parametrize("preview", ["taesd", "taesd-half"])
+def test_a_tiny_decoder_that_the_pocket_has_not_is_refused(preview: str) -> None:
     with pytest.raises(InputError) as raised:
-        load_pipeline(POCKET, preview="taesd")
-    text = "--preview taesd must not be given with the pocket; what works without it: "
+        load_pipeline(POCKET, preview=preview)
+    text = f"--preview {preview} must not be given with the pocket; what works without it: "
     assert str(raised.value) == text + "--preview vae, half or linear"
+
+
+def test_clipsegs_layers_that_no_mask_comes_from_are_left_out(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SEGMENTER, tmp_path / "clipseg"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"extract_layers": [0, 1, 3]}))
+    whole = CLIPSegForImageSegmentation.from_pretrained(folder).eval()
+    loaded = load_clipseg(folder, device="cpu", dtype="fp32")
+    spared = config["vision_config"]["num_hidden_layers"] - 4
+    assert spared > 0
+    layers = [len(each.clip.vision_model.encoder.layers) for each in (whole, loaded.model)]
+    assert layers[0] - layers[1] == spared
+    images = [Image.effect_noise((64, 64), 90).convert("RGB")]
+    embeddings = embed_prompts(loaded, ["a dog", "a robot"])[None]
+    found = segment(loaded, images, embeddings)
+    assert torch.equal(found, segment(replace(loaded, model=whole), images, embeddings))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
