@@ -49,9 +49,8 @@ OF_A_ROUND = (
     "uncertainty",
     "background",
     "rounds",
-    "layout",
 )
-OF_REGIONS = ("window", "harmonise")
+OF_REGIONS = ("layout", "window", "harmonise")
 OF_ROUNDS = (
     *THRESHOLDS,
     "budget",
@@ -141,7 +140,7 @@ class Session:
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.annealed else ()))
         values = {name: getattr(settings, name) for name in names}
         values |= {name: self.thresholds[name] for name in THRESHOLDS if name in names}
-        if settings.layout != "joint":
+        if self.painter.apart or self.painter.may_turn:
             values |= {name: getattr(settings, name) for name in OF_REGIONS}
             values["background_prompt"] = settings.background_prompt or None
             values["regions"] = " ".join(layouts.told(settings.regions) or []) or None
