@@ -707,10 +707,13 @@ class Painter:
         self, images: Sequence[Image.Image], rows: Sequence[int] | None = None
     ) -> list[View]:
         """The same as `look`, with an energy that knows the mirror images, too."""
-        others = self.look([ImageOps.mirror(image) for image in images], rows)
+        rows = range(len(images)) if rows is None else rows
+        mirrors = [ImageOps.mirror(image) for image in images]
+        views = self.look([*images, *mirrors], [*rows, *rows])  # one call, which is less than two
+        count = len(images)
         return [
             replace(view, mirrored=other.probabilities)
-            for view, other in zip(self.look(images, rows), others, strict=True)
+            for view, other in zip(views[:count], views[count:], strict=True)
         ]
 
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
