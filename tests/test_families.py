@@ -183,7 +183,7 @@ def test_half_the_side_by_the_tiny_decoder_is_its_picture_of_half_the_latents() 
         del pipe.taesd
     assert found.size == whole.size == (48, 32)
     assert farthest(found, by_small.resize(whole.size, Image.Resampling.BILINEAR)) <= 1
-    assert farthest(found, whole) > 8
+    assert farthest(found, whole) > 4
 
 
 def test_the_best_preview_is_the_tiny_decoders_or_else_follows_the_size() -> None:
