@@ -49,6 +49,7 @@ NAMES = {
     "candidates": "number of candidates",
     "layout": "layout",
     "regions": "regions",
+    "apart": "use of regions from the start",
     "background_prompt": "prompt of the background",
     "window": "window of a region",
     "harmonise": "harmonising",

@@ -91,6 +91,7 @@ class Session:
             **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
             "early_look": settings.looks[0],
             "regions": layouts.told(settings.regions),
+            "apart": self.painter.apart,
             "preview": self.painter.sampler.preview_by,
             "model": self.model,
             "vae": shown(models.vae) if models.vae else None,

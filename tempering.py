@@ -206,7 +206,7 @@ class Painter:
         self.evaluations = cache(self.sampler.evaluations)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
         self.calibrated = limits is not None or self.settings.accept is not None
-        self.limits = self.by_hand(limits or self.sought(pockets_own().sample))
+        self.limits = self.by_hand(limits or self.borrowed)
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
 
@@ -257,6 +257,16 @@ class Painter:
         """At which energies to stop, so that pictures like those of `sample` cost the budget."""
         settings = self.settings
         return thresholds(sample, settings.budget, settings.max_cost, pockets_own().sample)
+
+    @property
+    def borrowed(self) -> Energies:
+        """Energies to stop at by the pocket's sample, of pictures by the joint prompt: a guess.
+
+        What regions cost from the start is not there for rounds.
+        """
+        sample, settings = pockets_own().sample, self.settings
+        more = self.price_apart / self.plain_calls - 1 if self.apart else 0
+        return thresholds(sample, max(1, settings.budget - more), settings.max_cost, sample)
 
     def by_hand(self, limits: Energies) -> Energies:
         """The thresholds `limits`, but for those that the settings give."""
