@@ -43,8 +43,8 @@ class Stop(NamedTuple):
 
     late: bool  # whether it has come to the last look; else it was left at the early one
     energy: float  # there
-    cost: int  # of the picture, if it is finished from here
-    most: int | None  # what it could be after another round, at most; None: no round is left
+    cost: float  # of the picture, if it is finished from here
+    most: float | None  # what it could be after another round, at most; None: no round is left
 
 
 class Sampled(NamedTuple):

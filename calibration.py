@@ -47,6 +47,12 @@ NAMES = {
     "temperature": "temperature",
     "cooling": "cooling",
     "candidates": "number of candidates",
+    "layout": "layout",
+    "regions": "regions",
+    "apart": "use of regions from the start",
+    "background_prompt": "prompt of the background",
+    "window": "window of a region",
+    "harmonise": "harmonising",
 }
 Origin = Mapping[str, Any]  # by NAMES
 
@@ -129,13 +135,20 @@ def stop(value: object) -> Stop:
     late, energy, cost, most = value
     if not isinstance(late, bool):
         raise InputError(f"late must be true or false, got {shown(late)}")
-    return Stop(late, real(energy), whole(cost), None if most is None else whole(most))
+    return Stop(late, real(energy), calls(cost), None if most is None else calls(most))
 
 
 def real(value: object) -> float:
     if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]
     raise InputError(f"an energy must be a finite number, got {shown(value)}")
+
+
+def calls(value: object) -> float:
+    """Evaluations; those of a part of a picture count as its share."""
+    if type(value) in (int, float) and 0 < value < 2**53:  # type: ignore[operator]
+        return value  # type: ignore[return-value]
+    raise InputError(f"a cost must be a positive number, got {shown(value)}")
 
 
 def whole(value: object) -> int:

@@ -160,8 +160,8 @@ def is_whole(row: Row) -> bool:
         origin = [row["model"], row["dtype"], row.get("flags", "")]
         return (
             all(-MOST < number < MOST for number in (*figures, row.get("seconds", 0)))
-            and all(type(number) is int for number in (*key_of(row), *calls))
-            and all(0 <= number < MOST for number in calls)
+            and all(type(number) is int for number in key_of(row))
+            and all(type(number) in (int, float) and 0 <= number < MOST for number in calls)
             and all(isinstance(text, str) for text in origin)
         )
     except (KeyError, TypeError):

@@ -153,6 +153,11 @@ class Family(ABC):
         """Height and width of a picture are multiples of so many pixels."""
         return self.pipe.vae_scale_factor
 
+    @property
+    def grid_factor(self) -> int:
+        """Sides of latents are multiples of it: what the denoiser shrinks them by within."""
+        return 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
     def latents_shape(self, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """The latents' shape (1, channels, h, w) of one picture; None is the model's own size.
 
@@ -182,6 +187,17 @@ class Family(ABC):
         with self._decoder() as vae:
             pixels = decoded(vae, latents.to(vae.dtype), self.device)
         return self._pictures(pixels)
+
+    @torch.no_grad()
+    def encode_flat(self, level: float) -> Tensor:
+        """Scaled latents (1, channels, 1, 1), float32, of a grey of this `level`, -1..1."""
+        side = 8 * self.pipe.vae_scale_factor
+        with self._decoder() as vae:
+            pixels = torch.full((1, 3, side, side), level, dtype=vae.dtype, device=self.device)
+            latents = vae.encode(pixels).latent_dist.mode().float()
+            config = vae.config
+        centred = latents - (getattr(config, "shift_factor", None) or 0)
+        return centred.flatten(2).median(dim=2).values[..., None, None] * config.scaling_factor
 
     def previews(self, latents: Tensor, by: str) -> list[Image.Image]:
         """What CLIPSeg is shown of clean latents; `by` is one of `settings.PREVIEWS` but auto.
@@ -396,6 +412,10 @@ class StableDiffusion3(Family):
     @property
     def size_factor(self) -> int:
         return self.pipe.vae_scale_factor * self.denoiser.config.patch_size
+
+    @property
+    def grid_factor(self) -> int:
+        return self.denoiser.config.patch_size
 
     def shift(self, config: Mapping[str, Any], shape: Sequence[int]) -> float:
         # Not above: importing this pipeline takes a second, and warns of libraries of its own.

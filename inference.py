@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import outputs
 from metrics import picture_metrics
-from session import Session, open_session
+from session import Session, in_whole_calls, open_session
 from settings import Request
 from sheets import Panel, class_colours, class_overlay, sheet
 from tempering import Result, View
@@ -56,7 +56,7 @@ def paint(session: Session) -> Result:
     calls = session.painter.unet_calls(compare=request.compare)
     with tqdm(total=calls, desc="U-Net", unit="call", disable=None) as bar:
         (result,) = session.painter.temper(
-            [request.seed], compare=request.compare, progress=bar.update
+            [request.seed], compare=request.compare, progress=in_whole_calls(bar.update)
         )
         bar.total = bar.n  # rounds that were not needed are done, too
         bar.refresh()
@@ -124,6 +124,7 @@ def describe(
         "interrupted": {"step": result.interrupted_at, **seen_in(result.interrupted)},
         **({"kept": {"step": result.kept_at, **seen_in(result.kept)}} if result.kept else {}),
         "rounds": [asdict(each) for each in result.rounds],
+        "regions": [box and list(box) for box in result.regions],
         **{
             name: {
                 "metrics": picture_metrics(view.matrix.numpy()),

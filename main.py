@@ -33,15 +33,20 @@ from typing import Any, NoReturn
 import calibration
 import hub
 import kinds
+import layouts
 import loaders
 import loras
 import prompts
 from budget import THRESHOLDS, Energies
 from errors import InputError, ResourceError, TemperingError, importing, memory_errors
+from layouts import LAYOUTS
 from outputs import check_writable, encodable, read_json
 from settings import (
     AUTO,
     BACKENDS,
+    CROWD,
+    CROWDED_BUDGET,
+    DEFAULT_BUDGET,
     DEFAULT_MOST,
     DEFAULT_STEPS,
     DEFAULT_WAY,
@@ -99,6 +104,7 @@ DEFAULTS: dict[str, Any] = {
     **asdict(Tempering()),
     **asdict(Models()),
     **dict.fromkeys((*DEFAULT_WAY, "max_cost")),
+    **dict.fromkeys(("budget", "regions")),
     "prompts": None,
     "prompts_file": None,
     "lora": [],
@@ -122,6 +128,33 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         ),
         "joiner": (TEXT, "stands between the subjects in the prompt (default: %(default)r)"),
         "negative_prompt": (TEXT, "what to keep out of the picture"),
+        "layout": (
+            {"choices": LAYOUTS},
+            "joint: all subjects by one prompt; regions: each by its own, in a part of the picture "
+            f"that is its alone; auto: joint, and regions for what does not come, with {CROWD} "
+            "subjects or more regions at once where the budget pays for them",
+        ),
+        "regions": (
+            {"metavar": "L,T,R,B", "nargs": "+"},
+            "a box for each prompt, in fractions of the picture (left, top, right, bottom; where "
+            "boxes overlap, the later one is in front), or one grey or palette PNG with a 1 where "
+            "the first is to be, a 2 for the second, 0 elsewhere (default: they are found)",
+        ),
+        "background_prompt": (
+            TEXT,
+            "what is around the regions, which are then painted from the start (default: a plain "
+            "light ground)",
+        ),
+        "window": (
+            X,
+            "share of the picture's sides that the denoiser sees around a region, 0..1; of less "
+            "than the model was trained with it makes little",
+        ),
+        "harmonise": (
+            N,
+            "the last steps, in which regions are denoised as one picture by the joint prompt, "
+            "0..steps - stoptime; not verified on Stable Diffusion",
+        ),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
         "height": (N, MULTIPLE),
         "width": (N, MULTIPLE),
@@ -148,7 +181,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         "budget": (
             X,
             "what a picture may cost on average, in plain pictures: how good is good enough "
-            "follows from it",
+            f"follows from it (default: {DEFAULT_BUDGET}; from {CROWD} subjects on "
+            f"{CROWDED_BUDGET:g})",
         ),
         "max_cost": (
             X,
@@ -524,7 +558,8 @@ def chosen_flow(args: argparse.Namespace) -> str:
 
 def to_request(args: argparse.Namespace) -> Request:
     """The arguments as a checked request; raises InputError."""
-    settings = Tempering(**{field.name: getattr(args, field.name) for field in fields(Tempering)})
+    given = {field.name: getattr(args, field.name) for field in fields(Tempering)}
+    settings = Tempering(**{**given, "regions": args.regions and layouts.read(args.regions)})
     if args.prompts_file and not args.evaluate:
         raise InputError("--prompts_file is for --evaluate, got it without")
     asked = asked_set(args)
@@ -532,7 +567,8 @@ def to_request(args: argparse.Namespace) -> Request:
         args.prompts = None
     elif args.prompts is None:
         args.prompts = list(PROMPTS)
-    values = {**vars(args), **asdict(settings), "lora": tuple(args.lora)}
+    kept = {"lora": tuple(args.lora), "regions": layouts.lasting(args.regions)}
+    values = {**vars(args), **asdict(settings), **kept}
     request = Request(
         prompts=tuple(asked[0].subjects if asked else args.prompts),
         settings=settings,
@@ -571,6 +607,7 @@ def known_origin(request: Request) -> calibration.Origin:
     of_the_model = {n for n in ("guidance_scale", "height", "width") if settings[n] is None}
     of_the_model |= {"preview"} if settings["preview"] == AUTO else set()
     found = {name: settings[name] for name in names - of_the_model}
+    found["regions"] = layouts.told(request.settings.regions)
     if request.models.scheduler is not None:
         found["scheduler"] = loaders.scheduler_name(request.models.scheduler)
     return {**found, "early_look": request.settings.looks[0]}

@@ -21,7 +21,7 @@ from cycles import Key, Records, Row
 from errors import ResourceError, memory_errors
 from memory import free_memory
 from metrics import picture_metrics
-from session import Session
+from session import Session, in_whole_calls
 from tempering import Painter, Result, View, Walk, Watched
 
 Made = TypeVar("Made")
@@ -70,9 +70,11 @@ class Batch:
         Raises ResourceError where there is not the memory for one.
         """
 
+        heard = in_whole_calls(bar.update)
+
         def work(rows: Sequence[int], seeds: Sequence[int]) -> list[Result]:
             begun = walks and walks[: len(seeds)]
-            return painter.temper(seeds, rows=rows, compare=True, walks=begun, progress=bar.update)
+            return painter.temper(seeds, rows=rows, compare=True, walks=begun, progress=heard)
 
         return self._first(cycles, work)
 

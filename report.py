@@ -281,9 +281,9 @@ def cost_plot(pairs: Sequence[Pair]) -> Json | None:
     if not calls:
         return None
     plain = mean([pair.plain_calls or 0 for pair in known])
-    most = max(*calls, math.ceil(plain))
+    most = math.ceil(max(*calls, plain))
     step = max(1, math.ceil(most / BARS))
-    counts = Counter(value // step for value in calls)
+    counts = Counter(int(value // step) for value in calls)
     frame = Frame(bottom=266)
     x = Axis(0, most + step, frame.left, frame.right)
     y = Axis(0, max(counts.values()), frame.bottom, frame.top + 16)

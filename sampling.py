@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,13 +24,32 @@ from families import Family, clean_and_noise
 from memory import trim_heap
 from settings import AUTO, BY_TAESD, Tempering
 
-Progress = Callable[[int], object]  # is called with the number of denoiser calls just made
+# Is called with the number of denoiser calls just made; a part of a picture makes a part of one.
+Progress = Callable[[float], object]
 LARGE = 256  # pixels of a side: what smaller pictures leave in memory is not worth the time
 FLOW = "flow_prediction"  # a prediction type, and the schedule that goes with it
 
 
-def unheard(calls: int) -> None:
+def unheard(calls: float) -> None:
     """Where progress goes when nobody asks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What a branch that paints a part of a picture is shown around it, at every step.
+
+    So it paints its subject into the part. MultiDiffusion's bootstrapping (Bar-Tal et al. 2023,
+    arXiv:2302.08113), kept up for the whole way.
+    """
+
+    inside: Tensor  # (1, 1, h, w) float32: 1 in the part, 0 around it
+    clean: Tensor  # (1, channels, h, w) float32: latents of what is around it
+    noise: Tensor  # the same: always that, so that the surroundings stay what they are
+
+    def around(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """x with the surroundings at its noise level."""
+        shown = alpha * self.clean + sigma * self.noise
+        return torch.where(self.inside > 0, x, shown.to(x.dtype))
 
 
 class Sampler:
@@ -82,13 +101,13 @@ class Sampler:
         there.
         """
         while waiting := [branch for branch in branches if not branch.reached(until)]:
-            level = max(branch.level for branch in waiting)
-            meeting = [branch for branch in waiting if branch.level == level]
+            first = max(waiting, key=lambda branch: branch.level)
+            meeting = [branch for branch in waiting if branch.can_join(first)]
             self.step(meeting)
-            report(len(meeting))
+            report(sum(branch.share for branch in meeting))
 
     def step(self, branches: Sequence[Branch]) -> None:
-        """One evaluation of branches at one timestep, in one batch."""
+        """One evaluation of branches at one timestep and of one shape, in one batch."""
         inputs = [branch.x() for branch in branches]
         rows = [branch.row for branch in branches]
         given = self.conditionings
@@ -121,19 +140,19 @@ class Sampler:
         have unit variance to be on the schedule.
         """
         back = self.branch(branch.row, step, generator)
-        if not len(back.timesteps):  # no step is undone: there is no noise left
-            back.latents = branch.latents
-            return back
-        back.latents = noised(back.scheduler, x0, noise, back.timesteps[:1]).to(
-            branch.latents.dtype
-        )
+        # Where no step is undone, there is no noise left.
+        dtype, undone = branch.latents.dtype, len(back.timesteps)
+        back.latents = noised_to(back, x0, noise).to(dtype) if undone else branch.latents
         return back
 
     def preview(self, branches: Sequence[Branch], guidance_scale: float) -> list[Image.Image]:
         """Pictures of the last evaluations' x0."""
-        x0 = torch.cat([self.prediction(branch, guidance_scale)[0] for branch in branches])
+        return self.preview_of([self.prediction(each, guidance_scale)[0] for each in branches])
+
+    def preview_of(self, clean: Sequence[Tensor]) -> list[Image.Image]:
+        """Pictures of any x0, each (1, channels, h, w)."""
         with blaming("the preview"):
-            return self.family.previews(x0, self.preview_by)
+            return self.family.previews(torch.cat(list(clean)), self.preview_by)
 
     @cached_property
     def preview_by(self) -> str:
@@ -209,6 +228,8 @@ class Branch:
         self._last: tuple[Tensor, Sequence[Tensor]] | None = None
         draws = "generator" in inspect.signature(scheduler.step).parameters
         self._options = {"generator": generator} if draws else {}
+        self.frame: Frame | None = None  # of a branch that paints a part of the picture
+        self.share: float = 1  # what an evaluation costs, in those of a whole picture
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self._first)
 
@@ -227,15 +248,25 @@ class Branch:
         assert self._last is not None, "no step was taken"
         return self._last
 
+    def can_join(self, other: Branch) -> bool:
+        """Whether both can share their next evaluation."""
+        return self.level == other.level and self.latents.shape == other.latents.shape
+
+    @property
+    def cost(self) -> float:
+        """What its evaluations cost, in those of a whole picture."""
+        return self.evaluations * self.share
+
     def reached(self, step: int) -> bool:
         """Whether `step` steps of the schedule are done."""
         return self.evaluations >= self.evaluations_until(step)
 
     def x(self) -> Tensor:
         """The latents as the denoiser takes them at the timestep to come."""
-        if not hasattr(self.scheduler, "scale_model_input"):  # schedulers made for flows
-            return self.latents
-        return self.scheduler.scale_model_input(self.latents, self.timestep)
+        x = self.latents
+        if hasattr(self.scheduler, "scale_model_input"):  # schedulers made for flows have it not
+            x = self.scheduler.scale_model_input(x, self.timestep)
+        return self.frame.around(x, *self.levels(self.evaluations)) if self.frame else x
 
     def step(self, x: Tensor, outputs: Sequence[Tensor], guided: Tensor) -> None:
         """One scheduler step by `guided`, which guidance has made of the `outputs` for `x`."""
@@ -249,18 +280,17 @@ class Branch:
     def clean_and_noise(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """x0 and eps, float32, if `output` is the denoiser's at the last evaluation."""
         kind = prediction_type(self.scheduler)
-        return clean_and_noise(kind, self.last[0], output, *self._signal_and_noise())
+        return clean_and_noise(kind, self.last[0], output, *self.levels(self.evaluations - 1))
 
-    def _signal_and_noise(self) -> tuple[float, float]:
-        """alpha and sigma at the last evaluation."""
-        done = self.evaluations - 1
+    def levels(self, number: int) -> tuple[float, float]:
+        """alpha and sigma at an evaluation, by its number from 0."""
         if hasattr(self.scheduler, "sigmas"):
-            level = float(self.scheduler.sigmas[self._first + done])
+            level = float(self.scheduler.sigmas[self._first + number])
             if prediction_type(self.scheduler) == FLOW:
                 return 1 - level, level
             alpha = (1 + level**2) ** -0.5  # there sigmas are sigma / alpha
             return alpha, level * alpha
-        alpha_squared = float(self.scheduler.alphas_cumprod[int(self._host_timesteps[done])])
+        alpha_squared = float(self.scheduler.alphas_cumprod[int(self._host_timesteps[number])])
         return alpha_squared**0.5, (1 - alpha_squared) ** 0.5
 
     def evaluations_until(self, step: int) -> int:
@@ -283,8 +313,9 @@ def prediction_type(scheduler: Any) -> str:
     return scheduler.config.get("prediction_type", FLOW)
 
 
-def noised(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """x at a fresh `scheduler`'s `timestep` (1,), at which it begins: alpha x0 + sigma noise."""
+def noised_to(branch: Branch, x0: Tensor, noise: Tensor) -> Tensor:
+    """Latents for a branch that has not begun, where it begins: alpha x0 + sigma noise, scaled."""
+    scheduler, timestep = branch.scheduler, branch.timesteps[:1]
     if hasattr(scheduler, "scale_noise"):  # made for flows
         return scheduler.scale_noise(x0, timestep, noise)
     return scheduler.add_noise(x0, noise, timestep)

@@ -59,15 +59,24 @@ class View:
     matrix: Tensor  # (C, C) float64, the class matrix
     uncertainty: Tensor  # (C,) float64
     mirrored: Tensor | None = None  # probabilities in the mirror image, where that was looked at
+    parts: Tensor | None = None  # (C, H, W) bool: where each class is to be, where that is settled
 
     @cached_property
-    def energy(self) -> float:
-        """How far the picture is from showing every class by itself, 0..2.
+    def energies(self) -> list[float]:
+        """How far each class is from standing out by itself (where it is to be), 0..2.
 
         The worse of picture and mirror image: what only one of them shows, is hardly there.
         """
-        seen = self.probabilities, self.mirrored
-        return max(energy(each) for each in seen if each is not None)
+        found = energies(self.probabilities, self.parts)
+        if self.mirrored is None:
+            return found
+        turned = None if self.parts is None else self.parts.flip(-1)
+        return list(map(max, found, energies(self.mirrored, turned)))
+
+    @property
+    def energy(self) -> float:
+        """How far the picture is from showing every class by itself, 0..2: its worst class."""
+        return max(self.energies)
 
 
 @torch.no_grad()
@@ -156,27 +165,36 @@ def uncertainty(matrix: Tensor) -> Tensor:
 
 
 def energy(probabilities: Tensor) -> float:
-    """Energy of a picture, 0..2, from `probabilities` (C, H, W) in 0..1: its worst class counts.
+    """Energy of a picture, 0..2: of its worst class, the largest of `energies`."""
+    return max(energies(probabilities))
 
-    E = 1 - min over i of the mean of s_i - max(0, s_j) over the purest pixels, j the strongest of
-    the others there: 0 where every class stands out by itself, 1 where one does not at all. s_i is
-    the logit of p_i above its floor, what class i has on the emptiest pixels, in units of how high
-    it rises and (a little, see `OWN`) of how high the strongest class does. The purest are the
-    `PUREST` share of all pixels: what a small subject covers.
+
+def energies(probabilities: Tensor, parts: Tensor | None = None) -> list[float]:
+    """Energy of each class, 0..2, from `probabilities` (C, H, W) in 0..1.
+
+    E_i = 1 - the mean of s_i - max(0, s_j) over the purest pixels, j the strongest of the others
+    there: 0 where class i stands out by itself, 1 where it does not at all. s_i is the logit of p_i
+    above its floor, what class i has on the emptiest pixels, in units of how high it rises and (a
+    little, see `OWN`) of how high the strongest class does. The purest are the `PUREST` share of
+    all pixels: what a small subject covers. Of a class that has a part of the picture, `parts`
+    (C, H, W) bool, only the pixels of that part count.
 
     So classes compete with each other, not with a number: E is the same for every a * logit + b and
     for every bias of a class. A single class has nothing to compete with: its energy is 0.
     """
+    if len(probabilities) == 1:
+        return [0.0]
     logits = probabilities.double().logit(eps=SMALLEST).flatten(1)  # (C, H * W)
     count, empty = (max(1, round(share * logits.shape[1])) for share in (PUREST, EMPTY))
     rises = logits - logits.kthvalue(empty, dim=1, keepdim=True).values
     heights = purest(rises, count).clamp(min=SMALLEST)  # (C,)
     scores = rises / (heights**OWN * heights.max() ** (1 - OWN))[:, None]
-    alone = [
-        scores[i] - torch.cat([scores[:i], scores[i + 1 :]]).amax(dim=0).clamp(min=0)
-        for i in range(len(scores) if len(scores) > 1 else 0)
-    ]
-    return max(0.0, float(1 - purest(torch.stack(alone), count).min())) if alone else 0.0
+    found = []
+    for i, score in enumerate(scores):
+        others = torch.cat([scores[:i], scores[i + 1 :]]).amax(dim=0).clamp(min=0)
+        alone = score - others if parts is None else (score - others)[parts[i].flatten()]
+        found.append(max(0.0, 1 - float(purest(alone[None], min(count, len(alone))))))
+    return found
 
 
 def purest(values: Tensor, count: int) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import calibration
+import layouts
 import outputs
 from budget import THRESHOLDS, Sample
 from calibration import NAMES, Origin
@@ -27,6 +29,7 @@ from loaders import (
     scheduler_of,
 )
 from loras import Lora, locate, parsed
+from sampling import Progress
 from settings import VERSION, Request
 from tempering import Painter
 
@@ -47,6 +50,7 @@ OF_A_ROUND = (
     "background",
     "rounds",
 )
+OF_REGIONS = ("layout", "window", "harmonise")
 OF_ROUNDS = (
     *THRESHOLDS,
     "budget",
@@ -86,6 +90,8 @@ class Session:
         return {
             **{name: getattr(settings, name) for name in NAMES if hasattr(settings, name)},
             "early_look": settings.looks[0],
+            "regions": layouts.told(settings.regions),
+            "apart": self.painter.apart,
             "preview": self.painter.sampler.preview_by,
             "model": self.model,
             "vae": shown(models.vae) if models.vae else None,
@@ -135,6 +141,10 @@ class Session:
         names = (*OF_A_ROUND, *(OF_ROUNDS if settings.annealed else ()))
         values = {name: getattr(settings, name) for name in names}
         values |= {name: self.thresholds[name] for name in THRESHOLDS if name in names}
+        if self.painter.apart or self.painter.may_turn:
+            values |= {name: getattr(settings, name) for name in OF_REGIONS}
+            values["background_prompt"] = settings.background_prompt or None
+            values["regions"] = " ".join(layouts.told(settings.regions) or []) or None
         method = {f"Tempering {name}": value for name, value in values.items()}
         tags = [f"<lora:{lora.name}:{lora.weight:g}>" for lora in self.loras]
         hashes = [f"{lora.name}: {lora.hash}" for lora in self.loras]
@@ -306,6 +316,18 @@ def cuts(reader: Reader, prompts: Sequence[str]) -> Iterator[str]:
                 f"{name} reads {limit} tokens, this prompt has {len(ids)}; "
                 f"without effect: {textwrap.shorten(cut, LONGEST_CUT)!r}"
             )
+
+
+def in_whole_calls(update: Callable[[int], object]) -> Progress:
+    """What hears of evaluations as they come, for a bar that counts whole ones."""
+    done = 0.0
+
+    def report(calls: float) -> None:
+        nonlocal done
+        before, done = done, done + calls
+        update(math.floor(done) - math.floor(before))
+
+    return report
 
 
 def say(text: str) -> None:

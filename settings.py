@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import layouts
 from budget import Energies
 from errors import InputError
+from layouts import LAYOUTS, Box, Labels
 from prompts import Prompt
 
 VERSION = "0.1.0"
@@ -37,6 +39,10 @@ DEFAULT_STEPS = 20
 DEFAULT_WAY = {"stoptime": 15, "backsteps": 12, "early_look": 6}
 # The default of these: it follows from the steps. Typed as the number that it becomes.
 IN_PROPORTION: Any = None
+# The default of the budget, and what it becomes: with a crowd every subject has a region at once.
+OF_THE_SUBJECTS: Any = None
+DEFAULT_BUDGET, CROWDED_BUDGET = 1.3, 3.0
+CROWD = 4
 # The default of what follows from the budget, and how many times it that is.
 OF_THE_BUDGET: Any = None
 DEFAULT_MOST = 3
@@ -54,7 +60,7 @@ class Tempering:
     k: float = 4.0  # how fast uncertainty turns into fresh noise, >= 0; 0 adds none
     cfg_rescale: float = 10.0  # fresh noise in tenths of what the schedule expects, >= 0
     # Costs are in plain pictures of the same sampler, counted in evaluations of the denoiser.
-    budget: float = 1.3  # with rounds: what a picture costs on average, >= 1
+    budget: float = OF_THE_SUBJECTS  # with rounds: what a picture costs on average, >= 1
     max_cost: float = OF_THE_BUDGET  # what no picture passes, >= 1: no round begins that could
     # Of going back, looking and deciding; None: as many as max_cost pays for; 1 goes back once, and
     # takes what comes.
@@ -72,6 +78,13 @@ class Tempering:
     guidance_scale: float = OF_THE_FAMILY
     negative_prompt: str = ""
     joiner: str = " next to "  # stands between the prompts in the joined prompt
+    # joint: all subjects by one prompt; regions: each alone in its own; auto: joint, then regions
+    # for what fails, or regions at once for as many subjects as no model paints together.
+    layout: str = "auto"
+    regions: tuple[Box, ...] | Labels | None = None  # one a prompt; None: they are found
+    background_prompt: str = ""  # of what is around regions; empty: it is plain
+    window: float = 0.75  # of the picture's sides the denoiser sees around a region, 0..1
+    harmonise: int = 0  # the last steps, in which regions are denoised as one picture, 0..steps
     look_guidance: float = 2.0  # of the x0 that CLIPSeg sees, at most guidance_scale
     mirror: bool = True  # with rounds: whether CLIPSeg sees the mirror image, too
     threshold: float = 0.1  # a pixel below this probability belongs to no class, 0..1
@@ -87,10 +100,12 @@ class Tempering:
         _whole("backsteps", self.backsteps, 0, self.stoptime, " (the stoptime)")
         _real("k", self.k, 0, math.inf)
         _real("cfg_rescale", self.cfg_rescale, 0, math.inf)
-        _real("budget", self.budget, 1, math.inf)
-        if self.max_cost is OF_THE_BUDGET:
-            object.__setattr__(self, "max_cost", DEFAULT_MOST * self.budget)
-        _real("max_cost", self.max_cost, 1, math.inf)
+        if self.budget is not OF_THE_SUBJECTS:
+            _real("budget", self.budget, 1, math.inf)
+            if self.max_cost is OF_THE_BUDGET:
+                object.__setattr__(self, "max_cost", DEFAULT_MOST * self.budget)
+        if self.max_cost is not OF_THE_BUDGET:
+            _real("max_cost", self.max_cost, 1, math.inf)
         if self.rounds is not None:
             _whole("rounds", self.rounds, 1, None)
         self._follow_steps("early_look", self.steps)
@@ -105,6 +120,18 @@ class Tempering:
         _real("background", self.background, 0, 1)
         if self.guidance_scale is not OF_THE_FAMILY:
             _real("guidance_scale", self.guidance_scale, 0, math.inf)
+        _choice("layout", self.layout, LAYOUTS)
+        if self.layout == "joint" and self.regions:
+            raise InputError("layout must be auto or regions where regions are given, got 'joint'")
+        _text("background_prompt", self.background_prompt)
+        _real("window", self.window, 0, 1)
+        _whole(
+            "harmonise",
+            self.harmonise,
+            0,
+            self.steps - self.stoptime,
+            " (those after the stoptime)",
+        )
         _real("look_guidance", self.look_guidance, 0, math.inf)
         _real("threshold", self.threshold, 0, 1)
         if not isinstance(self.mirror, bool):
@@ -119,6 +146,17 @@ class Tempering:
         if getattr(self, name) is IN_PROPORTION:
             value = min(most, in_proportion(DEFAULT_WAY[name], DEFAULT_STEPS, self.steps))
             object.__setattr__(self, name, value)  # how a frozen dataclass completes itself
+
+    def of_subjects(self, count: int) -> Tempering:
+        """The same with what follows from the number of subjects in a picture.
+
+        Raises InputError for regions that are not as many.
+        """
+        layouts.check(self.regions, count)
+        if self.budget is not OF_THE_SUBJECTS:
+            return self
+        crowded = count >= CROWD and self.layout != "joint"
+        return replace(self, budget=CROWDED_BUDGET if crowded else DEFAULT_BUDGET)
 
     @property
     def annealed(self) -> bool:
@@ -176,6 +214,10 @@ class Request:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
+        counts = {len(each.subjects) for each in self.all_prompts}
+        for count in sorted(counts):
+            completed = self.settings.of_subjects(count)
+        object.__setattr__(self, "settings", completed)  # by the most subjects of a prompt
         prompts = len(self.all_prompts)
         each = f" ({MAX_CYCLES} in all, of {prompts} prompts)" * (prompts > 1)
         _whole("cycles", self.cycles, 1, MAX_CYCLES // prompts, each)

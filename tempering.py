@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -36,13 +37,18 @@ from budget import (
 from calibration import pockets_own
 from errors import InputError, blaming
 from families import family_of
+from layouts import Box
+from mosaics import MISSING, Assembled, Mender, Mosaic
 from sampling import Branch, Progress, Sampler, unheard
 from segmentation import ClipSeg, View, embed_prompts, segment, view_of
-from settings import Tempering, check_prompts
+from settings import CROWD, Tempering, check_prompts
 
 __all__ = ["Painter", "Result", "Tempering", "View", "temper"]
 
 DEFAULTS = Tempering()
+# Layout "auto": how many rounds a joint picture gets before what is missing in it gets a region.
+JOINT_ROUNDS = 2
+SMALLEST_WINDOW = 0.1  # of the picture's sides, for reckoning how many rounds there could be
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Round:
     step: int  # the look that it came to: `stoptime`, or the early one
     energy: float
     kept: bool
+    regions: int = 0  # how many it painted; 0: the joint picture
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,11 @@ class Result:
     kept: View | None  # what it saw in what was kept; None for a single round: no look
     kept_at: int | None
     rounds: tuple[Round, ...]  # those that ran; empty for a single round
+    regions: tuple[Box | None, ...]  # where each subject was painted; None: by the joint prompt
     seed: int
-    unet_calls: int  # U-Net evaluations; both halves of guidance count as one
-    tempered_calls: int  # of them, what the tempered picture would have taken by itself
+    # U-Net evaluations; both halves of guidance count as one, a part of the picture as its share.
+    unet_calls: float
+    tempered_calls: float  # of them, what the tempered picture would have taken by itself
     plain_calls: int | None  # and the plain one, where it was asked for
 
     @property
@@ -107,13 +116,39 @@ class State:
     eps: Tensor  # the same
     view: View
 
+    @property
+    def branches(self) -> list[Branch]:
+        return [self.branch]
+
+
+Seen = State | Assembled  # a picture at a look: of the joint prompt, or of cells
+
+
+class Thing(Protocol):
+    """What can be painted: a branch, or a mosaic."""
+
+    @property
+    def first(self) -> int:
+        """The step at which it began."""
+
+
+Painted = TypeVar("Painted", bound=Thing, contravariant=True)
+
+
+class Way(Protocol[Painted]):
+    """How things are painted and looked at."""
+
+    def denoise(self, things: Sequence[Painted], until: int, report: Progress) -> None: ...
+
+    def examine(self, things: Sequence[Painted], step: int) -> Sequence[Seen]: ...
+
 
 @dataclass
 class Walk:
     """The way of one picture through the rounds."""
 
-    first: State
-    kept: State
+    first: Seen
+    kept: Seen
     generator: torch.Generator  # of everything random from `stoptime` on
     branches: list[Branch]  # all that were begun, the plain picture's first
     rounds: list[Round]
@@ -124,16 +159,14 @@ class Walk:
         return self.branches[0]
 
     @property
-    def spent(self) -> int:
+    def spent(self) -> float:
         """Evaluations without those that took the trunk further than to the first look."""
-        rounds = sum(each.evaluations for each in self.branches[1:])
-        return self.trunk.evaluations_until(self.first.step) + rounds
+        return self.evaluations(self.first.step if isinstance(self.first, State) else 0)
 
-    def evaluations_for(self, branch: Branch) -> int:
-        """Evaluations that the finished picture of `branch` has taken."""
-        if branch is self.trunk:
-            return sum(each.evaluations for each in self.branches)
-        return self.spent
+    def evaluations(self, shared: int) -> float:
+        """Evaluations of all branches, of the trunk's those until step `shared`."""
+        rounds = sum(each.cost for each in self.branches[1:])
+        return self.trunk.evaluations_until(shared) + rounds
 
 
 Watched = Sequence[Walk]  # a plain picture's: how its walk begins if it is left at each look
@@ -164,21 +197,76 @@ class Painter:
                 f"pictures of a batch must have the same number of prompts, got "
                 f"{' and '.join(map(str, counts)) or 'no picture'}"
             )
+        settings = settings.of_subjects(*counts)
         self.pipe = pipe
         self.clipseg = clipseg
+        self.prompts = prompts
         joined = [settings.joiner.join(each) for each in prompts]
         self.sampler = Sampler(family_of(pipe), joined, settings)
         self.evaluations = cache(self.sampler.evaluations)
         self.settings = self.sampler.settings  # complete: with what belongs to the family
         self.calibrated = limits is not None or self.settings.accept is not None
-        self.limits = self.by_hand(limits or self.sought(pockets_own().sample))
+        self.limits = self.by_hand(limits or self.borrowed)
         with blaming("CLIPSeg"):
             self.embeddings = torch.stack([embed_prompts(clipseg, each) for each in prompts])
+
+    @cached_property
+    def mender(self) -> Mender:
+        """What paints subjects in regions, with the text of each by itself encoded."""
+        alone = [prompt for each in self.prompts for prompt in each]
+        alone.append(self.settings.background_prompt)
+        sampler = Sampler(self.sampler.family, alone, self.settings)
+        return Mender(self.sampler, sampler, len(self.prompts[0]), self.see)
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether each subject has a region from the start."""
+        settings, count = self.settings, len(self.prompts[0])
+        if settings.layout != "auto" or count == 1:
+            return settings.layout == "regions" and count > 1
+        if settings.regions or settings.background_prompt:
+            return True
+        crowded = settings.annealed and count >= CROWD
+        return crowded and self.price_apart <= settings.budget * self.plain_calls
+
+    @property
+    def price_apart(self) -> float:
+        """U-Net evaluations of a picture that is painted in regions, without any round."""
+        return self.mender.to_paint(self.mender.anew(0, self.mender.plain, torch.Generator()), 0)
+
+    @property
+    def may_turn(self) -> bool:
+        """Whether what is missing in a joint picture gets regions in the end."""
+        auto = self.settings.layout == "auto" and len(self.prompts[0]) > 1
+        return auto and self.settings.annealed and self.rounds > JOINT_ROUNDS
+
+    def turns(self, walk: Walk) -> bool:
+        """Whether its next round paints in regions what the joint prompt does not bring."""
+        tried, kept = len(walk.rounds) >= JOINT_ROUNDS, walk.kept
+        lacks = kept.step < self.settings.stoptime or kept.view.energy > MISSING
+        return tried and lacks and self.may_turn and isinstance(kept, State)
+
+    def turned(self, walk: Walk) -> tuple[Mosaic, torch.Generator]:
+        """What its next round paints then, and the walk's random stream after that."""
+        assert isinstance(walk.kept, State), "it is in regions already"
+        generator, kept = walk.generator.clone_state(), walk.kept
+        mosaic = self.mender.onto(kept.branch, kept.x0, kept.view, generator)
+        return mosaic, generator
 
     def sought(self, sample: Sample) -> Energies:
         """At which energies to stop, so that pictures like those of `sample` cost the budget."""
         settings = self.settings
         return thresholds(sample, settings.budget, settings.max_cost, pockets_own().sample)
+
+    @property
+    def borrowed(self) -> Energies:
+        """Energies to stop at by the pocket's sample, of pictures by the joint prompt: a guess.
+
+        What regions cost from the start is not there for rounds.
+        """
+        sample, settings = pockets_own().sample, self.settings
+        more = self.price_apart / self.plain_calls - 1 if self.apart else 0
+        return thresholds(sample, max(1, settings.budget - more), settings.max_cost, sample)
 
     def by_hand(self, limits: Energies) -> Energies:
         """The thresholds `limits`, but for those that the settings give."""
@@ -214,11 +302,15 @@ class Painter:
         report = progress or unheard
         if walks is None:
             trunks = self.sampler.start(seeds, rows)
-            walks = [begun(state) for state in self.follow(trunks, report)]
+            walks = self.begin(trunks, report)
         else:
             trunks = [walk.trunk for walk in walks]
             self.take_up(walks, report)
-        tempered = self.anneal(walks, report) if self.settings.annealed else self.once(walks)
+        if self.settings.annealed:
+            self.anneal(walks, report)
+        else:
+            self.once(walks)
+        tempered = self.finish(walks, report)
         # A picture that was good enough at once is its own plain picture: one branch, not two.
         branches = list(dict.fromkeys([*tempered, *(trunks if compare else [])]))
         self.sampler.denoise(branches, self.settings.steps, report)
@@ -237,9 +329,10 @@ class Painter:
                 kept=walk.kept.view if self.settings.annealed else None,
                 kept_at=walk.kept.step if self.settings.annealed else None,
                 rounds=tuple(walk.rounds),
+                regions=self.regions(walk),
                 seed=seed,
-                unet_calls=sum(each.evaluations for each in walk.branches),
-                tempered_calls=walk.evaluations_for(branch),
+                unet_calls=sum(each.cost for each in walk.branches),
+                tempered_calls=self.tempered_calls(walk),
                 plain_calls=walk.trunk.evaluations if compare else None,
             )
             for branch, walk, seed in zip(tempered, walks, seeds, strict=True)
@@ -257,11 +350,17 @@ class Painter:
 
         The parameters are those of `temper`.
         """
+        report, seen = progress or unheard, []
         trunks = self.sampler.start(seeds, rows)
-        seen = []
+        mosaics = self.anew(trunks, report) if self.apart else []
         for step in self.settings.looks:
-            self.sampler.denoise(trunks, step, progress or unheard)
-            seen.append([begun(state) for state in self.examine(trunks, step)])
+            if mosaics:
+                self.mender.denoise(mosaics, step, report)
+                states: Sequence[Seen] = self.mender.examine(mosaics, step)
+            else:
+                self.sampler.denoise(trunks, step, report)
+                states = self.examine(trunks, step)
+            seen.append(list(map(begun, trunks, states)))
         return list(zip(*seen, strict=True))
 
     def where_left(self, watched: Watched) -> Walk:
@@ -298,94 +397,184 @@ class Painter:
 
     # --- The rounds.
 
+    def begin(self, trunks: Sequence[Branch], report: Progress) -> list[Walk]:
+        """The walks of pictures that begin with `trunks`, up to their first looks."""
+        if self.apart:
+            states = self.follow(self.mender, self.anew(trunks, report), report)
+            return list(map(begun, trunks, states))
+        return list(map(begun, trunks, self.follow(self, trunks, report)))
+
+    def anew(self, trunks: Sequence[Branch], report: Progress) -> list[Mosaic]:
+        """The mosaics that are painted instead of joint pictures."""
+        generators = [trunk.generator.clone_state() for trunk in trunks]
+        grounds = self.mender.grounds(generators, report)
+        return [
+            self.mender.anew(trunk.row, ground, generator)
+            for trunk, ground, generator in zip(trunks, grounds, generators, strict=True)
+        ]
+
     def take_up(self, walks: Sequence[Walk], report: Progress) -> None:
         """Take on to `stoptime` what was left at the early look by a lower threshold than now."""
         left = [walk for walk in walks if walk.kept.step < self.settings.stoptime]
         later = [walk for walk in left if self.promising(walk.kept)]
-        branches = [walk.kept.branch for walk in later]
-        self.sampler.denoise(branches, self.settings.stoptime, report)
-        states = self.examine(branches, self.settings.stoptime)
-        for walk, state in zip(later, states, strict=True):
+        for walk, state in zip(later, self.go_on([w.kept for w in later], report), strict=True):
             walk.first = state if walk.kept is walk.first else walk.first
             walk.kept = state
 
-    def once(self, walks: Sequence[Walk]) -> list[Branch]:
+    def go_on(self, states: Sequence[Seen], report: Progress) -> list[Seen]:
+        """States that were left at the early look, at the last one."""
+        stop = self.settings.stoptime
+        joint = [state.branch for state in states if isinstance(state, State)]
+        mosaics = [state.mosaic for state in states if isinstance(state, Assembled)]
+        self.sampler.denoise(joint, stop, report)
+        self.mender.denoise(mosaics, stop, report)
+        joined, laid = iter(self.examine(joint, stop)), iter(self.mender.examine(mosaics, stop))
+        return [next(joined) if isinstance(state, State) else next(laid) for state in states]
+
+    def once(self, walks: Sequence[Walk]) -> None:
         """The seed's tempering: every picture goes back once, and what comes of it is taken."""
         depth = self.settings.backsteps
         for walk in walks:
-            if self.dearest(walk, depth) <= self.most:
-                walk.branches.append(self.propose(walk, depth, walk.generator))
-        return [walk.branches[-1] for walk in walks]
+            if self.dearest(walk, depth) > self.most:
+                continue
+            if isinstance(walk.kept, State):
+                walk.branches.append(self.propose(walk.kept, depth, walk.generator))
+                walk.kept = replace(walk.kept, branch=walk.branches[-1])
+            else:
+                everything = range(len(walk.kept.mosaic.cells))
+                trial = self.mender.trial(walk.kept, everything, depth, walk.generator)
+                walk.branches += trial.begun.values()
+                walk.kept = replace(walk.kept, mosaic=walk.kept.mosaic.with_cells(trial.begun))
 
-    def anneal(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
-        """The branches that are kept after all rounds, each paused at the look it came to.
+    def anneal(self, walks: Sequence[Walk], report: Progress) -> None:
+        """Go back, look and decide, until nothing is left to do.
 
         A picture that is good enough, or can not pay for another round, has left the batch.
         """
         while hot := [each for each in walks if not self.good(each.kept) and self.may_go_on(each)]:
             self.round(hot, report)
-        return [walk.kept.branch for walk in walks]
+
+    def finish(self, walks: Sequence[Walk], report: Progress) -> list[Branch]:
+        """The branches of what walks keep; cells are one picture by then."""
+        mosaics = [walk.kept.mosaic for walk in walks if isinstance(walk.kept, Assembled)]
+        whole = iter(self.mender.finish(mosaics, report) if mosaics else [])
+        finished = []
+        for walk in walks:
+            if isinstance(walk.kept, State):
+                finished.append(walk.kept.branch)
+            else:
+                finished.append(next(whole))
+                walk.branches.append(finished[-1])
+        return finished
 
     @torch.no_grad()
     def round(self, walks: Sequence[Walk], report: Progress = unheard) -> None:
         """Every walk goes back from what it keeps, and keeps what comes of it, or does not.
 
-        Where memory runs out on the way, nothing has happened.
+        Where memory runs out on the way, the walks that it concerns are as they were.
         """
+        mosaics = [(walk, walk.kept) for walk in walks if isinstance(walk.kept, Assembled)]
+        joint = [(walk, walk.kept) for walk in walks if isinstance(walk.kept, State)]
+        turning = [(walk, kept) for walk, kept in joint if self.turns(walk)]
+        self.round_of_joint([each for each in joint if each not in turning], report)
+        self.turn([walk for walk, _ in turning], report)
+        self.round_of_mosaics(mosaics, report)
+
+    def round_of_joint(self, walks: Sequence[tuple[Walk, State]], report: Progress) -> None:
+        """A round of pictures by their joint prompts; of each there is what it keeps."""
         count = self.settings.candidates
-        depths = [self.depth(walk) for walk in walks]
-        generators = [walk.generator.clone_state() for walk in walks]
+        depths = [self.depth(walk) for walk, _ in walks]
+        generators = [walk.generator.clone_state() for walk, _ in walks]
         proposed = [
-            self.propose(walk, depth, generator)
-            for walk, depth, generator in zip(walks, depths, generators, strict=True)
+            self.propose(kept, depth, generator)
+            for (_, kept), depth, generator in zip(walks, depths, generators, strict=True)
             for _ in range(count)
         ]
-        found = self.follow(proposed, report)
-        for i, (walk, depth) in enumerate(zip(walks, depths, strict=True)):
-            number = len(walk.rounds) + 1
-            temperature = cooled_temperature(self.settings.temperature, number, self.rounds)
+        found = self.follow(self, proposed, report)
+        for i, ((walk, _), depth) in enumerate(zip(walks, depths, strict=True)):
             walk.generator = generators[i]
-            settle(walk, found[i * count : (i + 1) * count], depth, temperature)
+            settle(walk, found[i * count : (i + 1) * count], depth, self.temperature(walk))
+
+    def turn(self, walks: Sequence[Walk], report: Progress) -> None:
+        """A round in which what a joint picture lacks is painted in regions, on the picture."""
+        turned = [self.turned(walk) for walk in walks]
+        found = self.follow(self.mender, [mosaic for mosaic, _ in turned], report)
+        for walk, state, (_, generator) in zip(walks, found, turned, strict=True):
+            walk.generator = generator
+            settle(walk, [state], walk.kept.step, self.temperature(walk))
+
+    def round_of_mosaics(self, walks: Sequence[tuple[Walk, Assembled]], report: Progress) -> None:
+        """A round of pictures of cells: those that have failed go back, each by itself."""
+        count = self.settings.candidates
+        depths = [self.depth(walk) for walk, _ in walks]
+        generators = [walk.generator.clone_state() for walk, _ in walks]
+        trials = [
+            [
+                self.mender.trial(kept, self.mender.failed(kept), depth, generator)
+                for _ in range(count)
+            ]
+            for (_, kept), depth, generator in zip(walks, depths, generators, strict=True)
+        ]
+        temperatures = [self.temperature(walk) for walk, _ in walks]
+        found = self.mender.mend(trials, temperatures, generators, self.limits, report)
+        for i, ((walk, kept), mended) in enumerate(zip(walks, found, strict=True)):
+            changed = mended.state is not kept
+            painted = len(trials[i][0].begun)
+            walk.rounds.append(Round(depths[i], mended.state.step, mended.energy, changed, painted))
+            walk.branches += mended.begun
+            walk.generator, walk.kept = generators[i], mended.state
+
+    def temperature(self, walk: Walk) -> float:
+        """Of its next round."""
+        number = len(walk.rounds) + 1
+        return cooled_temperature(self.settings.temperature, number, self.rounds)
 
     def depth(self, walk: Walk) -> int:
         """How far its next round goes back."""
         return cooled_depth(self.settings.backsteps, self.settings.cooling, len(walk.rounds) + 1)
 
     def has_rounds(self, walk: Walk) -> bool:
-        """Whether there is a next one; going back by no step changes nothing."""
-        return len(walk.rounds) < self.rounds and self.depth(walk) > 0
+        """Whether there is a next one that changes anything: going back by no step does not."""
+        if len(walk.rounds) >= self.rounds or self.depth(walk) == 0:
+            return False
+        return isinstance(walk.kept, State) or bool(self.mender.failed(walk.kept))
 
     def may_go_on(self, walk: Walk) -> bool:
         """Whether there is a next round, and it can not take the picture past `max_cost`."""
         return self.has_rounds(walk) and self.dearest(walk, self.depth(walk)) <= self.most
 
-    def follow(self, branches: Sequence[Branch], report: Progress) -> list[State]:
-        """Denoise to `stoptime`; the state of each branch at the last look that it came to.
+    def follow(self, by: Way[Painted], things: Sequence[Painted], report: Progress) -> list[Seen]:
+        """Denoise to `stoptime`; the state of each at the last look that it came to.
 
         One that looks bad at the early look is left there, as delayed acceptance spares the dear
-        test where the cheap one has failed (Christen & Fox 2005). A branch that starts later is
-        not looked at early.
+        test where the cheap one has failed (Christen & Fox 2005). What starts later is not looked
+        at early.
         """
-        found: dict[Branch, State] = {}
-        going = list(branches)
+        found: dict[Painted, Seen] = {}
+        going = list(things)
         for step in self.settings.looks:
-            self.sampler.denoise(going, step, report)
-            seen = [branch for branch in going if branch.first < step]
-            found.update(zip(seen, self.examine(seen, step), strict=True))
+            by.denoise(going, step, report)
+            seen = [thing for thing in going if thing.first < step]
+            found.update(zip(seen, by.examine(seen, step), strict=True))
             going = [each for each in going if each not in seen or self.promising(found[each])]
-        return [found[branch] for branch in branches]
+        return [found[thing] for thing in things]
 
-    def promising(self, state: State) -> bool:
+    def denoise(self, branches: Sequence[Branch], until: int, report: Progress = unheard) -> None:
+        """Branches of joint pictures, until step `until`."""
+        self.sampler.denoise(branches, until, report)
+
+    def promising(self, state: Seen) -> bool:
+        """Whether it is worth going on from the early look."""
         return state.view.energy <= self.limits.early
 
-    def good(self, state: State) -> bool:
+    def good(self, state: Seen) -> bool:
         """Whether no round is needed any more."""
         done = state.step == self.settings.stoptime
         return done and state.view.energy <= self.limits.last
 
-    def propose(self, walk: Walk, backsteps: int, generator: torch.Generator) -> Branch:
-        """A new branch from the kept state, `backsteps` back, with noise where it is uncertain."""
-        state, settings = walk.kept, self.settings
+    def propose(self, state: State, backsteps: int, generator: torch.Generator) -> Branch:
+        """A new branch from a state, `backsteps` back, with noise where it is uncertain."""
+        settings = self.settings
         height, width = state.x0.shape[-2:]
         gamma = gamma_map(
             state.view,
@@ -401,23 +590,50 @@ class Painter:
 
     # --- What it costs.
 
-    def dearest(self, walk: Walk, backsteps: int) -> int:
+    def dearest(self, walk: Walk, backsteps: int) -> float:
         """What the picture can cost after a round so deep, whatever comes of it."""
         kept, end = walk.kept, self.settings.steps
+        if isinstance(kept, Assembled):
+            price = self.mender.price(kept, backsteps)
+            return walk.spent + price + self.mender.to_finish(kept)
+        if self.turns(walk):
+            return walk.spent + self.mender.to_paint(self.turned(walk)[0], kept.step)
         step = max(0, kept.step - backsteps)
-        until = kept.branch.evaluations_until
-        to_finish_kept = until(end) - until(kept.step)
-        whole = max(self.evaluations(step, end), self.evaluations(step, kept.step) + to_finish_kept)
+        whole = max(
+            self.evaluations(step, end), self.evaluations(step, kept.step) + self.to_finish(kept)
+        )
         others = (self.settings.candidates - 1) * self.evaluations(step, self.settings.stoptime)
         return walk.spent + others + whole
+
+    def to_finish(self, state: Seen) -> float:
+        """What it costs to denoise it to the end from its look."""
+        if isinstance(state, Assembled):
+            return self.mender.to_finish(state)
+        until = state.branch.evaluations_until
+        return until(self.settings.steps) - until(state.step)
 
     def stop(self, walk: Walk) -> Stop:
         """Where the picture stands, for the mathematics of the budget."""
         kept = walk.kept
-        until = kept.branch.evaluations_until
-        cost = walk.spent + until(self.settings.steps) - until(kept.step)
+        cost = walk.spent + self.to_finish(kept)
         most = self.dearest(walk, self.depth(walk)) if self.has_rounds(walk) else None
         return Stop(kept.step == self.settings.stoptime, kept.view.energy, cost, most)
+
+    def regions(self, walk: Walk) -> tuple[Box | None, ...]:
+        """Where each subject of what is kept was painted, as the box around it."""
+        kept = walk.kept
+        cells = kept.mosaic.cells if isinstance(kept, Assembled) else ()
+        boxes = {cell.subject: cell.region.box for cell in cells}
+        return tuple(boxes.get(subject) for subject in range(len(self.prompts[0])))
+
+    def tempered_calls(self, walk: Walk) -> float:
+        """Evaluations that its finished picture has taken by itself."""
+        kept = walk.kept
+        if isinstance(kept, State):
+            whole = kept.branch is walk.trunk
+            return walk.evaluations(self.settings.steps) if whole else walk.spent
+        on_trunk = kept.mosaic.ground.branch is walk.trunk
+        return walk.evaluations(self.mender.end) if on_trunk else walk.spent
 
     @cached_property
     def most(self) -> int:
@@ -440,8 +656,10 @@ class Painter:
             return settings.rounds
         starts = [max(0, look - settings.backsteps) for look in settings.looks]
         ways = [(step, look) for step in starts for look in settings.looks if step < look]
-        cheapest = min((self.evaluations(*each) for each in ways), default=1)
-        paid = (self.most - self.plain_calls) // cheapest
+        cheapest: float = min((self.evaluations(*each) for each in ways), default=1)
+        if settings.layout != "joint":
+            cheapest *= max(settings.window, SMALLEST_WINDOW) ** 2
+        paid = int((self.most - self.plain_calls) // cheapest)
         if self.calibrated:
             return paid
         return min(paid, patience(pockets_own().sample, self.limits) - 1)
@@ -452,6 +670,8 @@ class Painter:
         With several rounds this is the most that it can take.
         """
         settings, evaluations = self.settings, self.evaluations
+        if self.apart or self.may_turn:
+            return self.most + self.plain_calls * compare
         early, stop, end = settings.looks[0], settings.stoptime, settings.steps
         to_stop, to_the_end = evaluations(0, stop), evaluations(0, end) - evaluations(0, stop)
         beside = to_the_end * compare  # of the plain picture
@@ -484,8 +704,12 @@ class Painter:
         Full guidance overshoots in the first half of the way: there its x0 is glaring, and CLIPSeg
         can not tell good from bad in it.
         """
-        images = self.sampler.preview(branches, guidance_scale)
-        rows = [branch.row for branch in branches]
+        clean = [self.sampler.prediction(each, guidance_scale)[0] for each in branches]
+        return self.see(clean, [branch.row for branch in branches])
+
+    def see(self, clean: Sequence[Tensor], rows: Sequence[int]) -> list[View]:
+        """CLIPSeg's view of what becomes of x0s, each (1, channels, h, w)."""
+        images = self.sampler.preview_of(clean)
         both = self.settings.annealed and self.settings.mirror
         return self.look_twice(images, rows) if both else self.look(images, rows)
 
@@ -493,10 +717,13 @@ class Painter:
         self, images: Sequence[Image.Image], rows: Sequence[int] | None = None
     ) -> list[View]:
         """The same as `look`, with an energy that knows the mirror images, too."""
-        others = self.look([ImageOps.mirror(image) for image in images], rows)
+        rows = range(len(images)) if rows is None else rows
+        mirrors = [ImageOps.mirror(image) for image in images]
+        views = self.look([*images, *mirrors], [*rows, *rows])  # one call, which is less than two
+        count = len(images)
         return [
             replace(view, mirrored=other.probabilities)
-            for view, other in zip(self.look(images, rows), others, strict=True)
+            for view, other in zip(views[:count], views[count:], strict=True)
         ]
 
     def look(self, images: Sequence[Image.Image], rows: Sequence[int] | None = None) -> list[View]:
@@ -511,13 +738,14 @@ class Painter:
         ]
 
 
-def begun(state: State) -> Walk:
+def begun(trunk: Branch, state: Seen) -> Walk:
     """The walk of a picture that was looked at for the first time."""
-    # The trunk's random stream goes on here: fresh noise never repeats the noise at the start.
-    return Walk(state, state, state.branch.generator.clone_state(), [state.branch], [])
+    # A branch's random stream goes on here: fresh noise never repeats the noise at the start.
+    generator = state.branches[0].generator.clone_state()
+    return Walk(state, state, generator, list(dict.fromkeys([trunk, *state.branches])), [])
 
 
-def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: float) -> None:
+def settle(walk: Walk, proposed: Sequence[Seen], backsteps: int, temperature: float) -> None:
     """End a round: the best of `proposed` takes the place of the kept state, or does not."""
     best = min(proposed, key=lambda state: (-state.step, state.view.energy))
     draw = float(torch.rand((), generator=walk.generator))
@@ -526,8 +754,10 @@ def settle(walk: Walk, proposed: Sequence[State], backsteps: int, temperature: f
         best.step == walk.kept.step
         and keeps(best.view.energy, walk.kept.view.energy, temperature, draw)
     )
-    walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept))
-    walk.branches += [state.branch for state in proposed]
+    regions = 0 if isinstance(best, State) else len(best.mosaic.cells)
+    walk.rounds.append(Round(backsteps, best.step, best.view.energy, kept, regions))
+    begun = (branch for state in proposed for branch in state.branches)
+    walk.branches = list(dict.fromkeys([*walk.branches, *begun]))  # a ground is there already
     if kept:
         walk.kept = best
 

@@ -20,13 +20,13 @@ from diffusers.pipelines import StableDiffusionAttendAndExcitePipeline
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.prompts import Prompt, development
+from benchmarks.prompts import Prompt, crowd, development
 from budget import Energies, Sample
 from families import family_of
 from loaders import scheduler_of
 from sampling import Branch, Sampler
 from segmentation import ClipSeg
-from settings import DEFAULT_MOST, Tempering
+from settings import CROWD, DEFAULT_MOST, Tempering
 from tempering import Painter, Watched, walked
 
 # Seeds of a picture's further candidates, far from those of other pictures.
@@ -75,28 +75,43 @@ class Models:
         prompts = [case.prompt.phrases for case in cases]
         return kind(self.pipe, self.clipseg, prompts, settings, limits)
 
-    def limits(self, settings: Tempering, kind: Callable[..., Painter] = Painter) -> Energies:
+    def limits(
+        self, settings: Tempering, kind: Callable[..., Painter] = Painter, subjects: int = 2
+    ) -> Energies:
         """The energies at which to stop, by a sample of prompts that are not reported.
 
         Of settings that give them both, there is nothing to be found.
         """
         if settings.accept is not None and settings.early_accept is not None:
             return Energies(settings.early_accept, settings.accept)
-        row = next(iter(development().values()))[:1]
+        row = sampled_prompts(subjects)[0][:1]
+        settings = settings.of_subjects(subjects)
         painter = self.painter([Case(prompt, 0) for prompt in row], settings, kind=kind)
         walked_by = replace(settings, budget=max(WALKED, settings.budget))
         if settings.max_cost == DEFAULT_MOST * settings.budget:
             walked_by = replace(walked_by, max_cost=DEFAULT_MOST * walked_by.budget)
-        return painter.sought(sample(self, scheduler_of(self.pipe), walked_by, kind))
+        return painter.sought(sample(self, scheduler_of(self.pipe), walked_by, kind, subjects))
+
+
+def sampled_prompts(subjects: int) -> list[list[Prompt]]:
+    """The subsets of which a sample is taken: the laboratory's, of more subjects one of their own.
+
+    None of them is reported.
+    """
+    return [crowd(subjects, seed=1)] if subjects >= CROWD else list(development().values())
 
 
 @lru_cache
 def sample(
-    models: Models, scheduler: str, settings: Tempering, kind: Callable[..., Painter]
+    models: Models,
+    scheduler: str,
+    settings: Tempering,
+    kind: Callable[..., Painter],
+    subjects: int,
 ) -> Sample:
     """A sample of `SAMPLE` pictures a subset, by the pipeline's `scheduler`."""
     pictures: list[tuple[Painter, Watched]] = []
-    for number, prompts in enumerate(development().values()):
+    for number, prompts in enumerate(sampled_prompts(subjects)):
         first = FIRST_SAMPLED + number * SAMPLE
         cases = [Case(prompt, first + i) for i, prompt in enumerate(prompts[:SAMPLE])]
         painter = models.painter(cases, settings, kind=kind)
@@ -135,7 +150,9 @@ def tempered(
     kind: Callable[..., Painter] = Painter,
 ) -> list[Painted]:
     """This program; where it is not `calibrated`, by the rule that needs no sample."""
-    limits = models.limits(settings, kind) if calibrated and settings.annealed else None
+    limits = None
+    if calibrated and settings.annealed:
+        limits = models.limits(settings, kind, len(cases[0].prompt.nouns))
     results = models.painter(cases, settings, limits, kind).temper(seeds(cases))
     return [Painted(result.image, result.unet_calls) for result in results]
 

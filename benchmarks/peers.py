@@ -31,7 +31,7 @@ from budget import Energies
 from loaders import set_scheduler
 from sampling import Branch, unheard
 from settings import Tempering
-from tempering import Painter, Walk, begun
+from tempering import Painter, State, begun
 
 RESAMPLED = (0.2, 0.4, 0.6, 0.8)  # of the steps: where particles are looked at
 FROM, UP, DOWN = 0.89, 0.78, 0.81  # of the steps: where paths begin, and how far each goes
@@ -40,16 +40,16 @@ FROM, UP, DOWN = 0.89, 0.78, 0.81  # of the steps: where paths begin, and how fa
 class Reseeding(Painter):
     """Our looks and thresholds, but every round is a new seed: is going back worth anything?"""
 
-    def propose(self, walk: Walk, backsteps: int, generator: Generator) -> Branch:
-        branch = self.sampler.branch(walk.trunk.row, 0, generator)
-        noise = self.sampler.noise(self.sampler.shape, generator, walk.trunk.latents.dtype)
+    def propose(self, state: State, backsteps: int, generator: Generator) -> Branch:
+        branch = self.sampler.branch(state.branch.row, 0, generator)
+        noise = self.sampler.noise(self.sampler.shape, generator, state.branch.latents.dtype)
         branch.latents = noise * branch.scheduler.init_noise_sigma
         return branch
 
 
 def reseeded(models: Models, cases: Sequence[Case], settings: Tempering) -> list[Painted]:
     """Best of N with an early look: as HEaD (arXiv:2409.10597), and stopped by our thresholds."""
-    anew = replace(settings, backsteps=settings.stoptime)
+    anew = replace(settings, backsteps=settings.stoptime, layout="joint")
     return tempered(models, cases, anew, kind=Reseeding)
 
 
@@ -245,12 +245,12 @@ def rounds_from(
     spent: float,
 ) -> Painted:
     """A picture tempered from `latents` one step before `stoptime`; `spent` calls until there."""
-    painter = models.painter([case], settings, limits)
+    painter = models.painter([case], replace(settings, layout="joint"), limits)
     generator = Generator().manual_seed(case.seed + NEXT_CANDIDATE)
     trunk = painter.sampler.branch(0, settings.stoptime - 1, generator)
     trunk.latents = latents
     painter.sampler.denoise([trunk], settings.stoptime)
-    walk = begun(painter.examine([trunk], settings.stoptime)[0])
-    (branch,) = painter.anneal([walk], unheard)
-    image = paint(painter.sampler, [branch])[0]
+    walk = begun(trunk, painter.examine([trunk], settings.stoptime)[0])
+    painter.anneal([walk], unheard)
+    image = paint(painter.sampler, painter.finish([walk], unheard))[0]
     return Painted(image, spent + sum(each.evaluations for each in walk.branches))

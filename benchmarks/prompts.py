@@ -11,7 +11,7 @@ import itertools
 import random
 from dataclasses import dataclass, replace
 
-from pocket.world import ANIMALS, COLOUR_NAMES, OBJECTS, Noun
+from pocket.world import ANIMALS, COLOUR_NAMES, OBJECTS, SUBJECTS, Noun
 
 WORN = ("glasses", "crown", "bow")  # what an animal is shown "with", without a colour
 
@@ -74,6 +74,17 @@ def three_subjects(seed: int) -> list[Prompt]:
                 *(Noun(item, draw.choice(COLOUR_NAMES)) for item in draw.sample(beside, 2)),
             ),
             " and ",
+        )
+        for _ in range(TRIPLES)
+    ]
+
+
+def crowd(count: int, seed: int) -> list[Prompt]:
+    """`count` coloured subjects each, all different."""
+    draw = random.Random(f"crowd/{count}/{seed}")
+    return [
+        Prompt(
+            tuple(Noun(s, draw.choice(COLOUR_NAMES)) for s in draw.sample(SUBJECTS, count)), " and "
         )
         for _ in range(TRIPLES)
     ]

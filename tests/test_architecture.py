@@ -153,8 +153,8 @@ def test_a_measurement_accounts_for_every_call(folder: Path) -> None:
     )
     found = measure("tempering", folder, settings)
     calls = {name: part.calls for name, part in found.parts.items()}
-    # CLIPSeg: the prompts' text, then each picture through its tower and its decoder. XL has zeros
-    # in place of a negative prompt that was not given.
+    # CLIPSeg: the prompts' text, then each picture, with its mirror image, through tower and
+    # decoder. XL has zeros in place of a negative prompt that was not given.
     texts = {"v1-4": 2, "xl": 2, "3.5-medium": 4}[folder.name]
     expected = {"denoiser": 4, "vae": 1, "preview": 2, "clipseg": 4, "clipseg_text": 1}
     assert calls == {**expected, "text_encoder": texts, "look": 2}

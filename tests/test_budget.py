@@ -110,7 +110,7 @@ def replayed(first: Energies, attempt: Attempt) -> Attempt:
     return lambda: known.pop() if known else attempt()
 
 
-def cost_of(attempt: Attempt, limits: Energies) -> int:
+def cost_of(attempt: Attempt, limits: Energies) -> float:
     """One picture by these thresholds, as `Painter.anneal` paints it."""
     for stop in walk(attempt, limits.early):
         good = stop.late and stop.energy <= limits.last

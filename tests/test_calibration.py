@@ -230,8 +230,8 @@ def kept(looks: list[Any], count: int = 16) -> str:
         (kept([[True, 1, 20]]), "a look must have late, energy, cost, most, got [True, 1, 20]"),
         (kept([[1, 1, 20, 32]]), "late must be true or false, got 1"),
         (kept([[True, "a", 20, 32]]), "an energy must be a finite number, got 'a'"),
-        (kept([[True, 1, 0, 32]]), "a cost must be a whole number of at least 1, got 0"),
-        (kept([[True, 1, 20, 0.5]]), "a cost must be a whole number of at least 1, got 0.5"),
+        (kept([[True, 1, 0, 32]]), "a cost must be a positive number, got 0"),
+        (kept([[True, 1, 20, -0.5]]), "a cost must be a positive number, got -0.5"),
     ],
     ids=[
         "missing",
@@ -243,7 +243,7 @@ def kept(looks: list[Any], count: int = 16) -> str:
         "no late",
         "no energy",
         "no cost",
-        "half a call",
+        "a negative cost",
     ],
 )
 def test_what_is_no_sample_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:

@@ -136,7 +136,7 @@ def test_what_is_no_file_is_no_picture_and_nothing_is_waited_for(
         {"tempered": {"ppv": float("nan"), "npv": 0.5, "js": 0.5}},
         {"unet_calls": 10**400},
         {"tempered_calls": -5},
-        {"plain_calls": 2.5},
+        {"plain_calls": "20"},
         {"seconds": "x"},
         {"seconds": 10**400},
         {"flags": []},

@@ -173,7 +173,8 @@ def test_half_the_side_by_the_tiny_decoder_is_its_picture_of_half_the_latents() 
     pipe = shared("sd2")
     pipe.taesd = taesd()
     family = family_of(pipe)
-    small = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    # Faint: what is cut off at white or black is not the mean of its neighbours.
+    small = 0.1 * torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     try:
         by_small = family.previews(small, "taesd")[0]
@@ -182,7 +183,7 @@ def test_half_the_side_by_the_tiny_decoder_is_its_picture_of_half_the_latents() 
         del pipe.taesd
     assert found.size == whole.size == (48, 32)
     assert farthest(found, by_small.resize(whole.size, Image.Resampling.BILINEAR)) <= 1
-    assert farthest(found, whole) > 8
+    assert farthest(found, whole) > 4
 
 
 def test_the_best_preview_is_the_tiny_decoders_or_else_follows_the_size() -> None:

@@ -501,7 +501,7 @@ def test_steps_alone_take_the_rest_along_into_run_json(
     names = ("steps", "stoptime", "backsteps", "early_look")
     told = [[each.arguments[name] for name in names] for each in asked]
     assert told == [[10, 8, 6, 3], [50, 38, 30, 15]]
-    assert asked[1].settings == Tempering(steps=50)
+    assert asked[1].settings == Tempering(steps=50).of_subjects(2)
 
 
 @pytest.mark.parametrize("name", TABLES)

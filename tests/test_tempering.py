@@ -27,7 +27,7 @@ from families import networks_of
 from loaders import FLOW_SCHEDULERS, OFFLOADS, load_pipeline, place
 from sampling import Sampler
 from segmentation import ClipSeg, View
-from tempering import Painter, Result, State, Tempering, Walk, temper
+from tempering import Painter, Result, State, Tempering, temper
 
 PROMPTS = ["a black dog", "a toy robot"]
 SEEDED = Tempering(steps=20, stoptime=15, backsteps=5, rounds=1)
@@ -137,7 +137,7 @@ def back_from(painter: Painter, x0: torch.Tensor, eps: torch.Tensor) -> Any:
     one = torch.zeros(1, 1)
     view = View(Image.new("RGB", (1, 1)), one[None], one.long(), one, torch.tensor([0.7]))
     state = State(painter.sampler.start([7])[0], 15, x0, eps, view)
-    return painter.propose(Walk(state, state, rng(2), [], []), 5, rng(2))
+    return painter.propose(state, 5, rng(2))
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def test_a_cycle_costs_30_unet_calls_with_the_default_parameters(
     pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     pictures: list[int] = []
-    reported: list[int] = []
+    reported: list[float] = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, args: pictures.append(len(args[0]) // 2))
     try:
         result = temper(
@@ -215,7 +215,7 @@ def test_the_bar_is_exact_for_every_scheduler(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     for compare in (False, True):
-        reported: list[int] = []
+        reported: list[float] = []
         temper(any_pipe, clipseg, PROMPTS, FEW, compare=compare, progress=reported.append)
         painter = Painter(any_pipe, clipseg, [PROMPTS], FEW)
         assert sum(reported) == painter.unet_calls(compare=compare)
@@ -242,7 +242,9 @@ def test_every_legal_stop_and_way_back_runs(
         assert farthest(result.plain, expected) <= 1, settings
 
 
-ROUNDS = Tempering(steps=8, stoptime=5, backsteps=4, early_look=0, rounds=3, accept=0)
+ROUNDS = Tempering(
+    steps=8, stoptime=5, backsteps=4, early_look=0, rounds=3, accept=0, layout="joint"
+)
 
 
 def test_a_picture_that_is_good_enough_is_the_plain_one_and_costs_no_more(
@@ -301,7 +303,7 @@ def test_the_calls_of_all_rounds_are_counted_and_foretold(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     settings = replace(ROUNDS, candidates=2, cooling=0.5)
-    reported: list[int] = []
+    reported: list[float] = []
     with_hook: list[int] = []
     hook = any_pipe.unet.register_forward_pre_hook(
         lambda _, args: with_hook.append(len(args[0]) // 2)
@@ -342,7 +344,7 @@ def test_what_looks_bad_early_goes_no_further_before_the_rounds_are_over(
     any_pipe: StableDiffusionPipeline, clipseg: ClipSeg
 ) -> None:
     settings = replace(EARLY, early_accept=0)
-    reported: list[int] = []
+    reported: list[float] = []
     result = temper(any_pipe, clipseg, PROMPTS, settings, seed=7, progress=reported.append)
     assert result.interrupted_at == result.kept_at == 3
     assert [each.step for each in result.rounds] == [3, 3, 3]
@@ -424,7 +426,7 @@ def test_every_family_is_annealed(
     own_pipe: DiffusionPipeline, clipseg: ClipSeg, preview: str
 ) -> None:
     settings = replace(EARLY, early_accept=1e9, width=48, height=32, preview=preview)
-    reported: list[int] = []
+    reported: list[float] = []
     result = temper(
         own_pipe, clipseg, PROMPTS, settings, seed=7, compare=True, progress=reported.append
     )
