@@ -152,8 +152,8 @@ FLAGS: dict[str, dict[str, tuple[Options, str]]] = {
         ),
         "harmonise": (
             N,
-            "the last steps, in which regions are denoised as one picture by the joint prompt, "
-            "0..steps - stoptime; not verified on Stable Diffusion",
+            "the last steps, in which regions are denoised as one picture, by the background's "
+            "prompt or by none, 0..steps - stoptime; not verified on Stable Diffusion",
         ),
         "seed": (N, f"0..{MAX_SEED}; same start on every device"),
         "height": (N, MULTIPLE),

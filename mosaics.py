@@ -192,8 +192,9 @@ class Mender:
         but for the subjects on it.
         """
         size = (x0.shape[-2], x0.shape[-1])
-        best, worst = min(view.energies), max(view.energies)
-        found = [energy <= max(best, KEPT * worst) for energy in view.energies]
+        energies = view.energies
+        best, good = energies.index(min(energies)), KEPT * max(energies)
+        found = [i == best or energy <= good for i, energy in enumerate(energies)]
         seen = F.adaptive_avg_pool2d(only(view), size)  # (C, h, w)
         masks = self.masks(generator)
         masks = masks[seats(seen, masks, found)]

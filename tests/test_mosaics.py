@@ -11,6 +11,7 @@ from calls import call
 from conftest import with_scheduler
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from pictures import farthest
+from PIL import Image
 
 import mosaics
 import tempering
@@ -18,7 +19,7 @@ from budget import Energies
 from layouts import Box
 from mosaics import Assembled
 from sampling import Frame
-from segmentation import ClipSeg
+from segmentation import ClipSeg, view_of
 from settings import OF_THE_BUDGET
 from tempering import JOINT_ROUNDS, Painter, Tempering, temper
 
@@ -255,6 +256,21 @@ def test_a_missing_subject_goes_all_the_way_back_and_an_impure_one_less_far(
     for missing, step in ((0.0, 0), (2.0, 2)):
         monkeypatch.setattr(mosaics, "MISSING", missing)
         assert painter.mender.back_to(state, number, 4) == step
+
+
+@torch.no_grad()
+def test_where_nothing_is_seen_all_but_one_subject_gets_a_region(
+    pipe: StableDiffusionPipeline, clipseg: ClipSeg
+) -> None:
+    painter = Painter(pipe, clipseg, [PROMPTS], LAID)
+    trunk = painter.sampler.start([7])[0]
+    painter.sampler.denoise([trunk], 3)
+    nothing = view_of(Image.new("RGB", (64, 64)), torch.zeros(3, 64, 64), 0.1)
+    assert len(set(nothing.energies)) == 1
+    x0 = painter.sampler.prediction(trunk, 4)[0]
+    mosaic = painter.mender.onto(trunk, x0, nothing, torch.Generator())
+    assert len(mosaic.cells) == 2
+    assert len({cell.subject for cell in mosaic.cells}) == 2
 
 
 def test_a_run_tells_its_regions_and_can_be_repeated(tmp_path: object) -> None:
